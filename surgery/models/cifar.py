@@ -1,0 +1,75 @@
+"""The networks that timm knows by name once this module is imported: `timm.list_models(module="cifar")`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+
+from surgery.models.layout import Layout, resnet, resnext, wide_resnet
+from surgery.models.network import CifarResNet
+
+LAYOUTS: dict[str, Layout] = {
+    # Zhao et al., 2022, tables 2 and 3. ResNeXt-29 16x64d: Xie et al., 2017, section 5.2.
+    "resnet110": resnet(110),
+    "resnet164": resnet(164),
+    "wrn_16_8": wide_resnet(16, 8),
+    "wrn_28_10": wide_resnet(28, 10),
+    "wrn_40_10": wide_resnet(40, 10),
+    "resnext29_8x64d": resnext(8, 64),
+    "resnext29_16x64d": resnext(16, 64),
+    # Avranas and Kountouris, 2022, table 1: the rows of the classifier are used one by one, so it has no bias.
+    "resnext29_10x11d": resnext(10, 11, shortcut="stride", classifier_bias=False),
+    "resnext29_20x6d": resnext(20, 6, shortcut="stride", classifier_bias=False),
+    # Ahmed and Torresani, 2017, table 5: a quarter as wide outside the 3x3 convolutions.
+    "resnext20_8x4d": resnext(8, 4, depth=20, base=16, shortcut="stride"),
+    "resnext29_8x4d": resnext(8, 4, base=16, shortcut="stride"),
+    "resnext29_8x8d": resnext(8, 8, base=16, shortcut="stride"),
+    # Small ones, which train within minutes on a CPU.
+    "resnet20": resnet(20),
+    "resnext11_4x4d": resnext(4, 4, depth=11, base=16),
+    "resnext20_4x4d": resnext(4, 4, depth=20, base=16),
+    "resnext20_10x4d": resnext(10, 4, depth=20, base=16, shortcut="stride"),
+    "resnext29_4x4d": resnext(4, 4, base=16),
+    "wrn_10_1": wide_resnet(10, 1),
+    "wrn_16_1": wide_resnet(16, 1),
+    "wrn_16_2": wide_resnet(16, 2),
+    "wrn_40_2": wide_resnet(40, 2),
+}
+
+default_cfgs = generate_default_cfgs(
+    {
+        name: {
+            "url": "",
+            "num_classes": 10,
+            "input_size": (3, 32, 32),
+            "pool_size": (8, 8),
+            "crop_pct": 1.0,
+            "interpolation": "bilinear",
+            "mean": (0.4914, 0.4822, 0.4465),
+            "std": (0.2470, 0.2435, 0.2616),
+            "first_conv": "conv1",
+            "classifier": "fc",
+        }
+        for name in LAYOUTS
+    }
+)
+
+
+def _entry_point(name: str, layout: Layout) -> Callable[..., CifarResNet]:
+    # timm hands the caller's own arguments and its bookkeeping over as keywords; build_model_with_cfg sorts them.
+    def build(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+        model: CifarResNet = build_model_with_cfg(
+            CifarResNet, name, pretrained, model_cfg=layout, feature_cfg={"out_indices": (0, 1, 2, 3)}, **kwargs
+        )
+        return model
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"Build {name}: {layout}."
+    return build
+
+
+for _name, _layout in LAYOUTS.items():
+    # register_model lists the name in this module's __all__, so the module has to hold it.
+    globals()[_name] = register_model(_entry_point(_name, _layout))

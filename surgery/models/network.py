@@ -1,0 +1,139 @@
+"""The network that a `Layout` describes, with the methods that users of timm expect of a classifier."""
+
+from __future__ import annotations
+
+from timm.layers import SelectAdaptivePool2d
+from timm.models import checkpoint_seq
+from torch import Tensor, nn
+
+from surgery.models.blocks import BasicBlock, Bottleneck
+from surgery.models.layout import Layout
+
+
+class CifarResNet(nn.Module):
+    """Residual network for small images: stem, `layer1` to `layer3`, pooling, classifier.
+
+    Args:
+        cfg: Widths and depth; the name is the one timm's model builder passes it by.
+        num_classes: Classes; 0 leaves the classifier out.
+        in_chans: Channels of the images.
+        global_pool: Pooling of `timm.layers.SelectAdaptivePool2d`; empty leaves it out.
+        drop_rate: Probability of dropout before the classifier, in [0, 1).
+        zero_init_last: Whether the last normalization of a block starts at zero, that is, the block as its shortcut.
+
+    Shape:
+        (N, in_chans, H, W) to (N, num_classes).
+    """
+
+    def __init__(
+        self,
+        cfg: Layout,
+        *,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        zero_init_last: bool = True,
+    ) -> None:
+        super().__init__()
+        self.layout = cfg
+        self.num_features = 4 * cfg.output
+        self.grad_checkpointing = False
+        self.feature_info = _feature_info(cfg)
+
+        self.conv1 = nn.Conv2d(in_chans, cfg.stem, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(cfg.stem)
+        self.act1 = nn.ReLU(inplace=True)
+        self.layer1 = _stage(cfg, 0)
+        self.layer2 = _stage(cfg, 1)
+        self.layer3 = _stage(cfg, 2)
+        self.head_drop = nn.Dropout(drop_rate)
+        self._set_classifier(num_classes, global_pool)
+        self._init_weights(zero_init_last=zero_init_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the feature map of the last stage, (N, num_features, H / 4, W / 4)."""
+        x = self.act1(self.bn1(self.conv1(x)))
+        features: Tensor
+        if self.grad_checkpointing:
+            features = checkpoint_seq([self.layer1, self.layer2, self.layer3], x, flatten=True)
+        else:
+            features = self.layer3(self.layer2(self.layer1(x)))
+        return features
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool a feature map and classify it; with `pre_logits`, stop before the classifier."""
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.fc(x)
+
+    def get_classifier(self) -> nn.Module:
+        """Return the last layer."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a fresh one for `num_classes`; None keeps the pooling."""
+        self._set_classifier(num_classes, self.global_pool.pool_type if global_pool is None else global_pool)
+        _init_classifier(self.fc)
+        self.global_pool.train(self.training)
+        self.fc.train(self.training)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Return the patterns by which timm groups parameters for layer-wise learning rates."""
+        return {"stem": r"^conv1|^bn1", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+
+    def _set_classifier(self, num_classes: int, global_pool: str) -> None:
+        self.num_classes = num_classes
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        weight = self.conv1.weight
+        self.fc: nn.Module = nn.Identity()
+        if num_classes > 0:
+            self.fc = nn.Linear(
+                self.head_hidden_size,
+                num_classes,
+                bias=self.layout.classifier_bias,
+                device=weight.device,
+                dtype=weight.dtype,
+            )
+
+    def _init_weights(self, *, zero_init_last: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif zero_init_last and isinstance(module, BasicBlock | Bottleneck):
+                nn.init.zeros_(module.last_norm.weight)
+        _init_classifier(self.fc)
+
+
+def _feature_info(cfg: Layout) -> list[dict[str, int | str]]:
+    stem: dict[str, int | str] = {"num_chs": cfg.stem, "reduction": 1, "module": "act1"}
+    return [stem] + [{"num_chs": cfg.output << i, "reduction": 1 << i, "module": f"layer{i + 1}"} for i in range(3)]
+
+
+def _stage(cfg: Layout, index: int) -> nn.Sequential:
+    outputs = cfg.output << index
+    inputs = cfg.stem if index == 0 else outputs // 2
+    first = _block(cfg, index, inputs, stride=2 if index else 1)
+    return nn.Sequential(first, *(_block(cfg, index, outputs, stride=1) for _ in range(cfg.blocks - 1)))
+
+
+def _block(cfg: Layout, index: int, inputs: int, *, stride: int) -> nn.Module:
+    hidden, outputs = cfg.hidden << index, cfg.output << index
+    if cfg.block == "basic":
+        return BasicBlock(inputs, outputs, stride=stride, shortcut=cfg.shortcut)
+    return Bottleneck(inputs, hidden, outputs, groups=cfg.groups, stride=stride, shortcut=cfg.shortcut)
+
+
+def _init_classifier(fc: nn.Module) -> None:
+    if isinstance(fc, nn.Linear):
+        nn.init.normal_(fc.weight, std=1e-3)  # Zhao et al., 2022: near-uniform predictions at the start
+        if fc.bias is not None:
+            nn.init.zeros_(fc.bias)
