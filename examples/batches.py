@@ -1,0 +1,69 @@
+"""Batches as a pure function of the step, so that a run can go on at any step as if it had never stopped."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from splits import Split
+
+
+def derive_seed(*parts: int | str) -> int:
+    """Hash `parts` into a seed of 63 bits; neighbouring parts give unrelated seeds."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class Batches(Dataset[tuple[Tensor, Tensor]]):
+    """All batches of a training run: item `step` follows from (seed, step) alone.
+
+    Args:
+        split: The training part.
+        batch_size: Samples in a batch, over all ranks together.
+        seed: Of the permutations and the augmentation.
+        augment: Whether the split augments.
+        drop_last: Whether an incomplete last batch of an epoch is left out.
+        rank, world: This process takes every `world`-th sample of a batch, from `rank` on.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        seed: int,
+        *,
+        augment: bool = True,
+        drop_last: bool = False,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """Store the arguments; nothing is read yet."""
+        if len(split) < batch_size and drop_last:
+            raise ValueError(f"batches: {len(split)} samples do not fill a batch of {batch_size}; lower batch_size.")
+        self.split, self.batch_size, self.seed, self.augment = split, batch_size, seed, augment
+        self.rank, self.world = rank, world
+        full, rest = divmod(len(split), batch_size)
+        self.per_epoch = full if drop_last or not rest else full + 1
+        self._shuffled: tuple[int, Tensor] | None = None
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return images and class indices of a step, counted from the start of the run."""
+        indices = self.indices(step)
+        seed = derive_seed("augment", self.seed, step, self.rank) if self.augment else None
+        return self.split.batch(indices, seed), self.split.targets[indices]
+
+    def indices(self, step: int) -> Tensor:
+        """Return the indices of the samples of a step."""
+        epoch, position = divmod(step, self.per_epoch)
+        if self._shuffled is None or self._shuffled[0] != epoch:
+            generator = torch.Generator().manual_seed(derive_seed("shuffle", self.seed, epoch))
+            self._shuffled = epoch, torch.randperm(len(self.split), generator=generator)
+        chosen = self._shuffled[1][position * self.batch_size : (position + 1) * self.batch_size]
+        return chosen[self.rank :: self.world]
+
+    def loader(self, start: int, stop: int, workers: int) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Return a loader of the steps from `start` to before `stop`."""
+        return DataLoader(self, batch_size=None, sampler=range(start, stop), num_workers=workers)

@@ -1,0 +1,300 @@
+"""An ordinary PyTorch training loop that can be stopped at any step and goes on with the same numbers.
+
+Every random draw of a step follows from (seed, step): the batch and its augmentation (`batches.py`), and the global
+generators, which are seeded anew before each forward pass. A resumed run therefore needs no generator state, prepares
+the same batches with any number of workers, and repeats an uninterrupted one digit for digit on the same machine;
+on CUDA only under `torch.use_deterministic_algorithms`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+import checkpoints
+from batches import Batches, derive_seed
+from data import Data
+from interruption import stop, stop_signals
+from recipe import Component, Recipe, RecipeError, Training
+from reports import Epoch, Reporter, Step, StepLog, benchmark_ms, read_steps
+from splits import Split
+
+__all__ = [
+    "Component", "Criterion", "Epoch", "Evaluation", "Recipe", "RecipeError", "Step", "Task", "Training",
+    "benchmark_ms", "evaluate", "learning_rate", "read_steps", "set_seed", "train",
+]  # fmt: skip
+
+CHECKPOINT, STEPS = "training.safetensors", "steps.csv"
+# settings that do not change the numbers of a run, so a run may go on with others
+FREE_SETTINGS = ("checkpoint_steps", "workers")
+
+Groups = Callable[[nn.Module], list[dict[str, Any]]]
+
+
+class Criterion(Protocol):
+    """What `train` minimises; `surgery.Objective` is one."""
+
+    @property
+    def terms(self) -> Mapping[str, Tensor]:
+        """The named parts of the last loss."""
+
+    def __call__(self, output: Tensor, target: Tensor, progress: float) -> Tensor:
+        """Return the loss; `progress` counts completed epochs."""
+
+
+class Task:
+    """Makes a `Criterion` of a plain loss, which knows of no progress and no terms."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Take the loss, for instance `nn.CrossEntropyLoss()`."""
+        self._loss = loss
+        self.terms: dict[str, Tensor] = {}
+
+    def __call__(self, output: Tensor, target: Tensor, progress: float) -> Tensor:
+        """Return the plain loss."""
+        loss = self._loss(output, target)
+        self.terms = {"task": loss}
+        return loss
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Logits (N, K) and class indices (N,) of a split, on the CPU, and the accuracy in [0, 1]."""
+
+    accuracy: float
+    logits: Tensor
+    targets: Tensor
+
+
+@dataclass
+class _State:
+    """Where a run stands: completed steps, sums over the current epoch, completed epochs, bytes of the step log."""
+
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    log_bytes: int = 0
+
+
+def set_seed(seed: int) -> None:
+    """Seed the global generators of torch, before a network is built."""
+    torch.manual_seed(seed)
+
+
+def learning_rate(training: Training, epoch: float) -> float:
+    """Return the learning rate after `epoch` epochs: Loshchilov & Hutter 2017, eq. (5), without restarts."""
+    if training.lr_unit == "epoch":
+        epoch = math.floor(epoch)
+    if epoch < training.warmup_epochs:
+        return training.warmup_lr + (training.lr - training.warmup_lr) * epoch / training.warmup_epochs
+    if training.schedule == "constant":
+        return training.lr
+    part = min(epoch / max(training.epochs - training.cooldown_epochs, 1), 1.0)
+    return training.final_lr + (training.lr - training.final_lr) * (1 + math.cos(math.pi * part)) / 2
+
+
+def evaluate(
+    model: nn.Module, split: Split, *, batch_size: int = 256, device: str | torch.device = "cpu", amp: bool = False
+) -> Evaluation:
+    """Classify a whole split without augmentation; the network keeps its train or eval mode."""
+    mode, logits = model.training, []
+    model.eval()
+    with torch.no_grad():
+        for indices in torch.arange(len(split)).split(batch_size):
+            with _autocast(device, amp):
+                output = model(split.batch(indices).to(device))
+            logits.append(output.float().cpu())
+    model.train(mode)
+    joined = torch.cat(logits)
+    return Evaluation(float((joined.argmax(1) == split.targets).double().mean()), joined, split.targets)
+
+
+def train(
+    model: nn.Module,
+    criterion: Criterion,
+    data: Data,
+    recipe: Recipe,
+    *,
+    run_dir: str | Path,
+    groups: Groups | None = None,
+    resume: bool = True,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+    label: str = "train",
+    on_step: Callable[[Step], None] | None = None,
+) -> tuple[Epoch, ...]:
+    """Train `model` in place as `recipe.training` says.
+
+    Args:
+        model: The network; it is moved to `device` first.
+        criterion: Called as `criterion(output, target, progress)`; wrap a plain loss in `Task`.
+        data: Its training part is learned, its test part evaluated.
+        recipe: The whole recipe; a checkpoint of another one is refused.
+        run_dir: Folder for the checkpoint and `steps.csv`.
+        groups: Makes the parameter groups once the network is on the device, for instance with
+            `surgery.param_groups`; without it all parameters decay by `weight_decay`.
+        resume: Whether to go on from the checkpoint in `run_dir`; otherwise the run starts anew over it.
+        device: Where to train.
+        progress: Whether to show a bar on a terminal and a line per epoch elsewhere.
+        label: What the bar or the lines begin with.
+        on_step: Called after every step.
+
+    Returns:
+        What happened in every epoch, those before a resume included.
+
+    Raises:
+        CheckpointError: The checkpoint in `run_dir` is damaged or belongs to another run.
+        FloatingPointError: The loss is infinite or not a number.
+        SystemExit, KeyboardInterrupt: The run was told to stop, and has written a checkpoint.
+    """
+    run = _Run(model, criterion, data, recipe, Path(run_dir), groups, torch.device(device))
+    state, started = run.start(resume=resume), time.perf_counter()
+    with ExitStack() as stack:
+        log = stack.enter_context(closing(StepLog(run.folder / STEPS, state.log_bytes))) if run.leads else None
+        # before the signal handlers, which worker processes would inherit
+        loader = iter(run.batches.loader(state.step, run.total, recipe.training.workers))
+        signals = stack.enter_context(stop_signals())
+        reporter = stack.enter_context(Reporter(label, run.total, state.step, visible=progress and run.leads))
+        for images, targets in loader:
+            step = run.step(state.step, images, targets)
+            _count(state, step)
+            if log:
+                log.write(step)
+            reporter.step(step, len(targets))
+            finished = state.step % run.batches.per_epoch == 0
+            if finished:
+                reporter.epoch(run.finish_epoch(state, step, time.perf_counter() - started))
+                started = time.perf_counter()
+            if log and (finished or signals or state.step % recipe.training.checkpoint_steps == 0):
+                run.save(state, log)
+            if signals:
+                stop(signals[0])
+            if on_step:
+                on_step(step)
+    return tuple(Epoch(**epoch) for epoch in state.epochs)
+
+
+class _Run:
+    """What stays the same during a run, and the work on it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Criterion,
+        data: Data,
+        recipe: Recipe,
+        folder: Path,
+        groups: Groups | None,
+        device: torch.device,
+    ) -> None:
+        if device.type == "xla":
+            import torch_xla  # noqa: F401  (registers the device)
+        self.training, self.folder, self.device = recipe.training, folder, device
+        self.model, self.criterion, self.data = model.to(device), criterion, data
+        rank, world = _rank_and_world()
+        self.leads, self._rank = rank == 0, rank
+        t = self.training
+        made = groups(model) if groups else [{"params": [p for p in model.parameters() if p.requires_grad]}]
+        self.optimizer = torch.optim.SGD(
+            made, lr=t.lr, momentum=t.momentum, nesterov=t.nesterov, weight_decay=t.weight_decay
+        )
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.batches = Batches(
+            data.train, t.batch_size, t.seed, augment=t.augment, drop_last=t.drop_last, rank=rank, world=world
+        )
+        self.total = t.epochs * self.batches.per_epoch
+        tables = recipe.to_tables()
+        tables["training"] = {k: v for k, v in tables["training"].items() if k not in FREE_SETTINGS}
+        self._identity = {
+            "recipe": tables,
+            "data": {"name": data.name, "train": len(data.train), "test": len(data.test)},
+        }
+
+    def start(self, *, resume: bool) -> _State:
+        """Make the folder and restore what the checkpoint in it holds."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path, log = self.folder / CHECKPOINT, self.folder / STEPS
+        if not resume:
+            path.unlink(missing_ok=True)
+        if not path.exists():
+            return _State()
+        checkpoint = checkpoints.read(path)
+        checkpoints.require_same_run(path, checkpoint.identity, self._identity)
+        checkpoints.restore(path, checkpoint, self.model, self.optimizer)
+        state = _State(**checkpoint.progress)
+        if self.leads and (not log.exists() or log.stat().st_size < state.log_bytes):
+            message = f"checkpoint {path}: {log.name} beside it is missing or shortened; delete both to start anew."
+            raise checkpoints.CheckpointError(message)
+        return state
+
+    def step(self, index: int, images: Tensor, targets: Tensor) -> Step:
+        """Do one optimizer step."""
+        done = index / self.batches.per_epoch
+        rate = learning_rate(self.training, done)
+        for group, base in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = base * (rate / self.training.lr)
+        self.model.train()
+        _seed_device(derive_seed("step", self.training.seed, index, self._rank), self.device)
+        images, targets = images.to(self.device), targets.to(self.device)
+        with _autocast(self.device, self.training.amp):
+            loss = self.criterion(self.model(images), targets, done)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise FloatingPointError(f"training: the loss is {value} at step {index}; lower training.lr.")
+        self.optimizer.step()
+        terms = {name: float(term.detach()) for name, term in self.criterion.terms.items()}
+        return Step(index, index // self.batches.per_epoch, rate, value, terms)
+
+    def finish_epoch(self, state: _State, step: Step, seconds: float) -> Epoch:
+        """Evaluate where it is time to, and add the epoch to the history."""
+        last = state.step == self.total
+        accuracy = None
+        if last or (step.epoch + 1) % self.training.evaluate_epochs == 0:
+            accuracy = evaluate(self.model, self.data.test, device=self.device, amp=self.training.amp).accuracy
+        means = {name: value / self.batches.per_epoch for name, value in state.sums.items()}
+        terms = {name.removeprefix("term "): mean for name, mean in means.items() if name != "loss"}
+        epoch = Epoch(step.epoch, step.lr, means["loss"], terms, accuracy, seconds)
+        state.sums = {}
+        state.epochs.append(asdict(epoch))
+        return epoch
+
+    def save(self, state: _State, log: StepLog) -> None:
+        """Write the checkpoint of what has been logged."""
+        state.log_bytes = log.flush()
+        made = checkpoints.collect(self.model, self.optimizer, self._identity, asdict(state))
+        checkpoints.write(self.folder / CHECKPOINT, made)
+
+
+def _count(state: _State, step: Step) -> None:
+    state.step += 1
+    for name, value in {"loss": step.loss, **{f"term {k}": v for k, v in step.terms.items()}}.items():
+        state.sums[name] = state.sums.get(name, 0.0) + value
+
+
+def _autocast(device: str | torch.device, amp: bool) -> torch.autocast:
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=amp)
+
+
+def _seed_device(seed: int, device: torch.device) -> None:
+    torch.manual_seed(seed)
+    if device.type == "xla":  # torch.manual_seed does not reach XLA's generator
+        import torch_xla.core.xla_model as xla
+
+        xla.set_rng_state(seed % 2**32, str(device))
+
+
+def _rank_and_world() -> tuple[int, int]:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
