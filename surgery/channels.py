@@ -1,0 +1,299 @@
+"""Which channel dimensions belong together: additions, per-channel layers and grouped convolutions couple them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, fx, nn
+
+from surgery.network import BlockModule, SurgeryModule
+from surgery.shapes import SIZE
+
+_PER_CHANNEL = (nn.modules.batchnorm._NormBase,)
+_MIXING = (nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.ChannelShuffle)
+_ELEMENTWISE = frozenset(
+    "add iadd sub isub mul imul truediv relu relu_ relu6 hardtanh sigmoid silu gelu hardswish hardsigmoid tanh elu leaky_relu "
+    "dropout adaptive_avg_pool2d avg_pool2d max_pool2d boolean_dispatch mean flatten interpolate contiguous clone float to "
+    "add_ mul_ detach drop_path stochastic_depth".split()
+)
+
+
+@runtime_checkable
+class PerChannel(Protocol):
+    """A module that a method inserted and that treats every channel by itself, such as a gate with one entry for each."""
+
+    def sliced(self, channels: Tensor) -> nn.Module:
+        """Return the module for the channels `channels` of those it has now."""
+
+
+@runtime_checkable
+class ChannelReader(Protocol):
+    """A module that a method inserted and that turns channels into something else, such as the logits of a gate."""
+
+    def reading(self, channels: Tensor) -> nn.Module:
+        """Return the module for an input that keeps only the channels `channels` of its first argument."""
+
+
+class Select(nn.Module):
+    """Read only some channels of a value that others read in full.
+
+    Args:
+        index: (n,) channels to read.
+
+    Shape:
+        (B, C, ...) to (B, n, ...).
+    """
+
+    index: Tensor
+
+    def __init__(self, index: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("index", index, persistent=False)
+
+    def forward(self, value: Tensor) -> Tensor:
+        """Return the selected channels."""
+        return value.index_select(1, self.index)
+
+
+class Scatter(nn.Module):
+    """Put channels to their places in a value of `width` channels that is zero elsewhere.
+
+    Args:
+        index: (n,) where they belong.
+        width: C.
+
+    Shape:
+        (B, n, ...) to (B, C, ...).
+    """
+
+    index: Tensor
+
+    def __init__(self, index: Tensor, width: int) -> None:
+        super().__init__()
+        self.register_buffer("index", index, persistent=False)
+        self.width = width
+
+    def forward(self, value: Tensor) -> Tensor:
+        """Return the full value."""
+        full = value.new_zeros(value.shape[0], self.width, *value.shape[2:])
+        return full.index_copy(1, self.index, value)
+
+
+@dataclass(frozen=True)
+class Use:
+    """A module with weights that are indexed by channels.
+
+    Attributes:
+        path: Module path within the analysed module.
+        reads: Space of its input channels, or None where it has no such dimension.
+        writes: Space of its output channels.
+    """
+
+    path: str
+    reads: int | None
+    writes: int | None
+
+
+@dataclass(frozen=True)
+class Link:
+    """A grouped convolution: its input and output spaces keep or lose whole groups together."""
+
+    reads: int
+    writes: int
+    groups: int
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Why a space cannot change.
+
+    Attributes:
+        space: The space.
+        reason: What holds it.
+        path: Path of the module that holds it, or "" where it is no module.
+    """
+
+    space: int
+    reason: str
+    path: str = ""
+
+
+@dataclass
+class ChannelMap:
+    """Spaces of coupled channels of one module.
+
+    Attributes:
+        uses: Modules to slice when a space shrinks.
+        links: Grouped convolutions.
+        nodes: Space of the channels of each node, by (prefix, node name).
+        sizes: Number of channels of each space.
+        pins: What keeps spaces from changing; one space can be held in several places.
+    """
+
+    uses: list[Use] = field(default_factory=list)
+    links: list[Link] = field(default_factory=list)
+    nodes: dict[tuple[str, str], int] = field(default_factory=dict)
+    sizes: list[int] = field(default_factory=list)
+    pins: list[Pin] = field(default_factory=list)
+    _parents: list[int] = field(default_factory=list)
+
+    def find(self, space: int) -> int:
+        """Return the representative of `space`."""
+        while self._parents[space] != space:
+            space = self._parents[space]
+        return space
+
+    def new(self, size: int, reason: str = "", path: str = "") -> int:
+        """Create a space of `size` channels, pinned where a reason is given."""
+        self._parents.append(len(self._parents))
+        self.sizes.append(size)
+        if reason:
+            self.pin(len(self.sizes) - 1, reason, path)
+        return len(self.sizes) - 1
+
+    def union(self, first: int, second: int) -> int:
+        """Couple two spaces of one size."""
+        first, second = self.find(first), self.find(second)
+        if first != second:
+            self._parents[second] = first
+        return first
+
+    def pin(self, space: int, reason: str, path: str = "") -> None:
+        """Declare that `space` cannot change, because of the module at `path` if one is given."""
+        self.pins.append(Pin(space, reason, path))
+
+    def pins_of(self, space: int) -> list[Pin]:
+        """Return everything that keeps `space` from changing."""
+        root = self.find(space)
+        return [pin for pin in self.pins if self.find(pin.space) == root]
+
+
+def channel_map(module: SurgeryModule) -> ChannelMap:
+    """Return the coupled channels of a block, or of a whole network with all its blocks."""
+    channels = ChannelMap()
+    first = next(iter(module.graph.nodes))
+    size = first.meta[SIZE][1] if SIZE in first.meta else 0
+    out = _walk(channels, module, "", channels.new(size, "it is the input of the module"))
+    if out is not None:
+        channels.pin(out, "it is the output of the module")
+    return channels
+
+
+def _walk(channels: ChannelMap, module: SurgeryModule, prefix: str, source: int | None) -> int | None:
+    spaces: dict[fx.Node, int | None] = {}
+    result: int | None = None
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            spaces[node] = source if not spaces else None
+        elif node.op == "output":
+            value = node.args[0]
+            result = spaces.get(value) if isinstance(value, fx.Node) else None
+        elif node.op == "call_module":
+            spaces[node] = _call(channels, module, prefix, node, spaces)
+        else:
+            spaces[node] = _function(channels, node, spaces)
+        space = spaces.get(node)
+        if space is not None:
+            channels.nodes[prefix, node.name] = space
+    return result
+
+
+def _call(
+    channels: ChannelMap, owner: SurgeryModule, prefix: str, node: fx.Node, spaces: dict[fx.Node, int | None]
+) -> int | None:
+    target = str(node.target)
+    module, path = owner.get_submodule(target), f"{prefix}{target}"
+    sources = [spaces.get(argument) for argument in node.all_input_nodes]
+    source = sources[0] if sources else None
+    if isinstance(module, BlockModule):
+        return _walk(channels, module, f"{path}.", source)
+    if isinstance(module, nn.Conv2d) and source is not None:
+        return _convolution(channels, module, path, source)
+    if isinstance(module, nn.Linear) and source is not None:
+        return _linear(channels, module, path, source)
+    if isinstance(module, (*_PER_CHANNEL, PerChannel)) and source is not None:
+        channels.uses.append(Use(path, None, source))
+        return source
+    if isinstance(module, ChannelReader) and source is not None:
+        channels.uses.append(Use(path, source, None))
+        return None
+    if isinstance(module, (Select, Scatter)) and source is not None:
+        return _indexed(channels, module, path, source)
+    plain = not isinstance(module, _MIXING) and not any(True for _ in module.parameters())
+    if plain and source is not None and _width(node) in (None, channels.sizes[channels.find(source)]):
+        return source
+    reason = f"{path} ({type(module).__name__}) uses it in a way that cannot be cut"
+    return _opaque(channels, node, sources, reason, path)
+
+
+def _indexed(channels: ChannelMap, module: Select | Scatter, path: str, source: int) -> int:
+    if isinstance(module, Scatter):
+        channels.uses.append(Use(path, source, None))
+        return channels.new(module.width, f"{path} writes into it by index")
+    channels.pin(source, f"{path} reads it by index")
+    out = channels.new(len(module.index))
+    channels.uses.append(Use(path, None, out))
+    return out
+
+
+def _convolution(channels: ChannelMap, conv: nn.Conv2d, path: str, source: int) -> int:
+    if conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1:
+        channels.uses.append(Use(path, None, source))
+        return source
+    out = channels.new(conv.out_channels)
+    channels.uses.append(Use(path, source, out))
+    if conv.groups > 1:
+        channels.links.append(Link(source, out, conv.groups))
+    return out
+
+
+def _linear(channels: ChannelMap, linear: nn.Linear, path: str, source: int) -> int:
+    if linear.in_features != channels.sizes[channels.find(source)]:
+        channels.pin(source, f"{path} reads it flattened together with its positions")
+    out = channels.new(linear.out_features)
+    channels.uses.append(Use(path, source, out))
+    return out
+
+
+def _function(channels: ChannelMap, node: fx.Node, spaces: dict[fx.Node, int | None]) -> int | None:
+    sources = [spaces.get(argument) for argument in node.all_input_nodes]
+    known = [space for space in sources if space is not None]
+    if not known:
+        return None
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    sizes = {channels.sizes[channels.find(space)] for space in known}
+    if (
+        name not in _ELEMENTWISE
+        or len(sizes) != 1
+        or _width(node) not in (None, *sizes)
+        or _reads_other_channels(node, spaces)
+    ):
+        return _opaque(channels, node, sources, f"{node.name} uses it in a way that cannot be cut")
+    for space in known[1:]:
+        channels.union(known[0], space)
+    return known[0]
+
+
+def _width(node: fx.Node) -> int | None:
+    size = node.meta.get(SIZE)
+    return None if size is None or len(size) < 2 else int(size[1])
+
+
+def _reads_other_channels(node: fx.Node, spaces: dict[fx.Node, int | None]) -> bool:
+    """Return whether `node` combines its channels with a parameter, or what is made of one, with a number for each."""
+    rank = len(node.meta.get(SIZE, ()))
+    for source in node.all_input_nodes:
+        size = source.meta.get(SIZE, ())
+        place = 1 - rank + len(size)  # of the channels, where the last dimensions are aligned
+        if spaces.get(source) is None and 0 <= place < len(size) and size[place] != 1:
+            return True
+    return False
+
+
+def _opaque(channels: ChannelMap, node: fx.Node, sources: list[int | None], reason: str, path: str = "") -> int | None:
+    for space in sources:
+        if space is not None:
+            channels.pin(space, reason, path)
+    size = node.meta.get(SIZE)
+    return channels.new(size[1], reason, path) if size is not None and len(size) > 1 else None

@@ -1,0 +1,310 @@
+"""Prune = plan, then apply: a method decides, the plan can be printed and kept, and the weights are cut here, once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
+
+import torch
+from torch import nn
+
+from surgery.architecture import Architecture, Block
+from surgery.conversion import ARCHITECTURE, CONVERSION, METHODS
+from surgery.errors import InvalidOption, PruneError
+from surgery.history import Conversion, Operation
+from surgery.network import ConvertedNetwork
+from surgery.objective import methods_of
+from surgery.plugins import Provider, provider_of
+from surgery.rewriter import Rewriter, upstream
+from surgery.shapes import MACS
+from surgery.slicing import count_macs
+from surgery.tracing import refuse_wrapped
+
+CutKind = Literal["branches", "body", "classes", "inputs", "outputs", "stream", "module", "members"]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One thing to remove.
+
+    Attributes:
+        kind: "branches" keeps some branches of a block, "body" removes the body of a residual block, "classes" keeps some
+            rows of the classifier, "inputs" and "outputs" keep some channels that one convolution reads or
+            writes, "stream" keeps some that it writes and everything that is coupled to it, across blocks, "module" keeps some parts of an inserted module (see `surgery.slicing.Selectable`) or
+            takes a pass-through one out, "members" keeps some of the copies of a replicated network.
+        path: Path of the block, the classifier, the convolution, or the inserted module.
+        keep: Indices of what stays, in order; empty for "body", and for a "module" that is taken out.
+        of: How many there are now.
+        reason: Why, in the method's words.
+    """
+
+    kind: CutKind
+    path: str
+    keep: tuple[int, ...]
+    of: int
+    reason: str = ""
+
+    def __str__(self) -> str:
+        """Return the cut as one line."""
+        unit = {"module": "parts", "stream": "channels of the stream"}.get(self.kind, self.kind)
+        what = f"{len(self.keep)} of {self.of} {unit} kept" if self.keep else f"{self.kind} removed"
+        return f"{self.path}: {what}" + (f" ({self.reason})" if self.reason else "")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Size of a network.
+
+    Attributes:
+        params: Number of parameters.
+        macs: Multiply-adds of one image, convolutions and linear layers.
+        projection_params: Parameters of the projection shortcuts among them.
+        projection_macs: Multiply-adds of the projection shortcuts among them.
+    """
+
+    params: int
+    macs: int
+    projection_params: int
+    projection_macs: int
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What a method decided to remove from one network, and what that saves; `print` it before applying it.
+
+    Attributes:
+        method: Name of the method that decided.
+        criteria: What it was asked for.
+        cuts: What goes, in the order of application: indices count what the cuts before left over.
+        before: Size of the network as it is.
+        after: Size of the pruned network.
+    """
+
+    method: str
+    criteria: Mapping[str, Any]
+    cuts: tuple[Cut, ...]
+    before: Figures
+    after: Figures
+
+    @classmethod
+    def of(cls, model: ConvertedNetwork, method: str, cuts: Sequence[Cut], criteria: Mapping[str, Any]) -> Self:
+        """Return the plan with its figures, worked out on a copy without data.
+
+        Raises:
+            PruneError: If a cut does not fit the network.
+        """
+        memo: dict[int, Any] = {}
+        for tensor in [*model.parameters(), *model.buffers()]:
+            twin = torch.empty_like(tensor, device="meta")
+            memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+        hollow = copy.deepcopy(model, memo)
+        before = figures(hollow)
+        return cls(method, dict(criteria), tuple(cuts), before, figures(_apply(hollow, method, cuts).finish()))
+
+    @property
+    def kept_params(self) -> float:
+        """Share of the parameters that stay, in (0, 1]."""
+        return self.after.params / self.before.params
+
+    @property
+    def kept_params_without_projections(self) -> float:
+        """The same with projection shortcuts left out of both counts."""
+        before, after = self.before, self.after
+        return (after.params - after.projection_params) / (before.params - before.projection_params)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Read a plan back.
+
+        Raises:
+            PruneError: If a field is missing or unknown.
+        """
+        try:
+            cuts = tuple(Cut(**{**cut, "keep": tuple(cut["keep"])}) for cut in data["cuts"])
+            figures_of = {name: Figures(**data[name]) for name in ("before", "after")}
+            return cls(data["method"], data["criteria"], cuts, **figures_of)
+        except (KeyError, TypeError) as error:
+            raise PruneError(f"the prune plan is incomplete or edited ({type(error).__name__}: {error})") from error
+
+    def __str__(self) -> str:
+        """Return a table: one line per cut, then parameters and MACs."""
+        lines = [f"prune plan of {self.method!r}" + (f" for {dict(self.criteria)}" if self.criteria else "")]
+        lines += [f"  {cut}" for cut in self.cuts] or ["  nothing to remove"]
+        before, after = self.before, self.after
+        lines.append(_row("parameters", before.params, after.params))
+        lines.append(_row("MACs", before.macs, after.macs))
+        if before.projection_params:
+            lines.append("without projection shortcuts")
+            pairs = [(f.params - f.projection_params, f.macs - f.projection_macs) for f in (before, after)]
+            lines.append(_row("parameters", pairs[0][0], pairs[1][0]))
+            lines.append(_row("MACs", pairs[0][1], pairs[1][1]))
+        return "\n".join(lines)
+
+
+def _row(name: str, before: int, after: int) -> str:
+    return f"  {name:<11} {before:>15,} -> {after:>15,}  ({100 * after / before:.1f} % kept)"
+
+
+def plan(model: nn.Module, *, method: str | None = None, **criteria: Any) -> PrunePlan:
+    """Let the method that converted `model` decide what can go.
+
+    Args:
+        model: A converted network.
+        method: Which method's plan, where several have converted it.
+        **criteria: The method's own, see its method card.
+
+    Raises:
+        PruneError: If the network is not converted, or is pruned already.
+        InvalidOption: If the criteria cannot be met.
+    """
+    network = _converted(model)
+    candidates = {candidate.name: candidate for candidate in methods_of(network)}
+    if method is None and len(candidates) != 1:
+        raise InvalidOption(f"several methods converted this network; pass method= one of {', '.join(candidates)}")
+    if method is not None and method not in candidates:
+        raise InvalidOption(f"{method!r} has not converted this network; {', '.join(candidates) or 'no method'} has")
+    return candidates[method or next(iter(candidates))].plan(network, **criteria)
+
+
+def prune(model: nn.Module, plan: PrunePlan | None = None, **criteria: Any) -> ConvertedNetwork:
+    """Return a smaller copy of `model`; the model itself is left untouched.
+
+    Args:
+        model: A converted network.
+        plan: What to remove; by default what `surgery.plan(model, **criteria)` decides.
+        **criteria: Where no plan is given.
+
+    Raises:
+        PruneError: If the plan does not fit the network.
+    """
+    network = _converted(model)
+    if plan is not None and criteria:
+        raise InvalidOption(f"pass either a plan or criteria, found both: {sorted(criteria)}")
+    decided = plan if plan is not None else globals()["plan"](network, **criteria)
+    return apply_plan(copy.deepcopy(network), decided)
+
+
+def apply_plan(network: ConvertedNetwork, decided: PrunePlan) -> ConvertedNetwork:
+    """Cut `network` in place as `decided` says, and write it into the record."""
+    rewriter = _apply(network, decided.method, decided.cuts)
+    pruned = rewriter.finish()
+    provider = _provider(network, decided.method)
+    operation = Operation(
+        "prune", decided.method, decided.to_dict(), {}, tuple(rewriter.sites), provider.distribution, provider.version
+    )
+    pruned.meta[CONVERSION] = pruned.meta[CONVERSION].then(operation)
+    return pruned
+
+
+def _provider(network: ConvertedNetwork, name: str) -> Provider:
+    methods = {method.name: type(method) for method in network.meta[METHODS]}
+    if name not in methods:
+        raise PruneError(
+            f"the plan is one of {name!r}, but the network is converted by {', '.join(methods)}; plan it anew"
+        )
+    return provider_of(methods[name])
+
+
+def figures(network: ConvertedNetwork) -> Figures:
+    """Return the size of a converted network, from the shapes that its graphs carry."""
+    architecture: Architecture = network.meta[ARCHITECTURE]
+    projections = [part for block in architecture.blocks if block.projected for part in _projection(network, block)]
+    return Figures(
+        params=sum(parameter.numel() for parameter in network.parameters()),
+        macs=count_macs(network),
+        projection_params=sum(params for params, _ in projections),
+        projection_macs=sum(macs for _, macs in projections),
+    )
+
+
+def _projection(network: ConvertedNetwork, block: Block) -> list[tuple[int, int]]:
+    owner = network.block(block.path)
+    nodes = {node.name: node for node in owner.graph.nodes}
+    if block.shortcut not in nodes or block.body not in nodes:
+        return []
+    only = upstream(nodes[block.shortcut]) - upstream(nodes[block.body])
+    return [
+        (sum(p.numel() for p in owner.get_submodule(str(node.target)).parameters()), int(node.meta.get(MACS, 0)))
+        for node in only
+        if node.op == "call_module"
+    ]
+
+
+def _converted(model: nn.Module) -> ConvertedNetwork:
+    refuse_wrapped(model)
+    if not isinstance(model, ConvertedNetwork):
+        raise PruneError(
+            f"{type(model).__name__} is not a converted network; call surgery.convert(model, method) first"
+        )
+    record: Conversion = model.meta[CONVERSION]
+    if any(operation.kind == "prune" for operation in record.operations):
+        raise PruneError("the network is pruned already; plan and prune the converted network it came from")
+    return model
+
+
+def _apply(network: ConvertedNetwork, method: str, cuts: Sequence[Cut]) -> Rewriter:
+    rewriter = Rewriter(network, method)
+    for cut in cuts:
+        _APPLY[cut.kind](rewriter, cut)
+    return rewriter
+
+
+def _cut_branches(rewriter: Rewriter, cut: Cut) -> None:
+    if len(cut.keep) < cut.of:
+        rewriter.keep(rewriter.architecture.block(cut.path), branches=cut.keep, of=cut.of)
+
+
+def _cut_body(rewriter: Rewriter, cut: Cut) -> None:
+    rewriter.bypass(rewriter.architecture.block(cut.path))
+
+
+def _cut_inputs(rewriter: Rewriter, cut: Cut) -> None:
+    if len(cut.keep) < cut.of:
+        rewriter.narrow(cut.path, inputs=cut.keep)
+
+
+def _cut_outputs(rewriter: Rewriter, cut: Cut) -> None:
+    if len(cut.keep) < cut.of:
+        rewriter.narrow(cut.path, outputs=cut.keep)
+
+
+def _cut_stream(rewriter: Rewriter, cut: Cut) -> None:
+    rewriter.scale({cut.path: cut.keep})
+
+
+def _cut_module(rewriter: Rewriter, cut: Cut) -> None:
+    if cut.keep:
+        rewriter.select(cut.path, cut.keep)
+    else:
+        rewriter.remove(cut.path)
+
+
+def _cut_members(rewriter: Rewriter, cut: Cut) -> None:
+    rewriter.keep_members(cut.keep)
+
+
+def _cut_classes(rewriter: Rewriter, cut: Cut) -> None:
+    head = rewriter.architecture.head
+    if head.path != cut.path or head.classes != cut.of:
+        raise PruneError(
+            f"{cut.path}: the plan keeps {len(cut.keep)} of {cut.of} classes there, found {head.classes} at {head.path}"
+        )
+    rewriter.keep_classes(cut.keep)
+
+
+_APPLY: Mapping[CutKind, Callable[[Rewriter, Cut], None]] = {
+    "branches": _cut_branches,
+    "body": _cut_body,
+    "classes": _cut_classes,
+    "inputs": _cut_inputs,
+    "outputs": _cut_outputs,
+    "stream": _cut_stream,
+    "module": _cut_module,
+    "members": _cut_members,
+}

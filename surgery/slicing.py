@@ -1,0 +1,272 @@
+"""Cut channels out of convolution, normalisation and linear weights, and keep the coupled ones together."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from surgery.architecture import Block
+from surgery.channels import ChannelMap, ChannelReader, PerChannel, Scatter, Select, Use, channel_map
+from surgery.errors import RewriteError
+from surgery.network import ConvertedNetwork, SurgeryModule
+from surgery.shapes import MACS, SIZE
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@runtime_checkable
+class Prunable(Protocol):
+    """A module that a method inserted and that knows what it becomes when branches of its block go away."""
+
+    def pruned(self, keep: Sequence[int]) -> nn.Module:
+        """Return the module for the branches `keep` of those it has now."""
+
+
+@runtime_checkable
+class Selectable(Protocol):
+    """A module that a method inserted, made of parts of which a plan can keep some: norm copies, entries of a mask, heads."""
+
+    def selected(self, keep: Sequence[int]) -> nn.Module:
+        """Return the module for the parts `keep` of those it has now."""
+
+
+def slice_module(module: nn.Module, inputs: Tensor | None, outputs: Tensor | None) -> nn.Module:
+    """Return a copy of `module` with only some of its channels; everything else about it is kept.
+
+    Args:
+        module: Conv2d (grouped or not), a batch or instance norm, Linear, or what core and methods insert that can be cut.
+        inputs: Indices of the input channels to keep, or None for all. A grouped convolution keeps whole groups.
+        outputs: Indices of the output channels to keep, or None for all.
+
+    Raises:
+        RewriteError: If the module cannot be sliced that way.
+    """
+    if parametrize.is_parametrized(module):
+        raise RewriteError(
+            f"{type(module).__name__} has parametrized weights; remove the parametrization before pruning"
+        )
+    if isinstance(module, nn.Conv2d):
+        return _slice_conv(module, inputs, outputs)
+    if isinstance(module, nn.Linear):
+        twin = _with_tensors(module, weight=_cut(module.weight, outputs, inputs), bias=_cut(module.bias, outputs))
+        twin.out_features, twin.in_features = twin.weight.shape
+        return twin
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        names = ("weight", "bias", "running_mean", "running_var")
+        norm = _with_tensors(module, **{name: _cut(getattr(module, name), outputs) for name in names})
+        norm.num_features = module.num_features if outputs is None else len(outputs)
+        return norm
+    if isinstance(module, PerChannel):
+        return module if outputs is None else module.sliced(outputs)
+    if isinstance(module, ChannelReader):
+        return module if inputs is None else module.reading(inputs)
+    if isinstance(module, (Select, Scatter)):
+        index = module.index if inputs is outputs is None else module.index[outputs if inputs is None else inputs]
+        return Select(index) if isinstance(module, Select) else Scatter(index, module.width)
+    raise RewriteError(f"{type(module).__name__} cannot be sliced; expected Conv2d, a batch norm or Linear")
+
+
+def keep_branches(owner: SurgeryModule, block: Block, branches: Sequence[int], of: int | None = None) -> Block:
+    """Cut all but `branches` out of the block that `owner` computes, in place, and return its new description.
+
+    Raises:
+        RewriteError: If the channels of the branches are coupled to something outside of them.
+    """
+    if block.merge is None:
+        raise RewriteError(f"{block.path}: no convolution joins its branches, so they cannot be cut apart")
+    ranges = block.partition(of or block.cardinality)
+    kept = sorted(set(branches))
+    if not kept or kept[0] < 0 or kept[-1] >= len(ranges):
+        raise RewriteError(
+            f"{block.path}: expected indices of its {len(ranges)} branches, at least one, found {list(branches)}"
+        )
+    indices = torch.cat([torch.arange(ranges[n].start, ranges[n].stop) for n in kept])
+    channels = channel_map(owner)
+    call = next(iter(owner.graph.find_nodes(op="call_module", target=block.merge.removeprefix(f"{block.path}."))))
+    hidden = channels.nodes["", call.all_input_nodes[0].name]
+    for name, module in list(owner.named_modules()):
+        if isinstance(module, Prunable):
+            _set(owner, name, module.pruned(kept))
+    cut_spaces(owner, channels, {hidden: indices}, block.path, allow=("pruned",))
+    return replace(
+        block,
+        channels=replace(block.channels, hidden=len(indices)),
+        cardinality=len(kept) * block.cardinality // len(ranges),
+        macs=sum(node.meta.get(MACS, 0) for node in owner.graph.nodes),
+        params=sum(parameter.numel() for parameter in owner.parameters()),
+    )
+
+
+def widths_to_channels(network: ConvertedNetwork, widths: Mapping[str, int | Sequence[int]]) -> list[str]:
+    """Cut the outputs of the named convolutions to these channels, or their first ones, with everything coupled.
+
+    Returns:
+        The paths.
+
+    Raises:
+        RewriteError: If a path is no convolution, a group is pinned, or coupled convolutions get different widths.
+    """
+    channels = channel_map(network)
+    written = {use.path: channels.find(use.writes) for use in channels.uses if use.writes is not None}
+    keep: dict[int, Tensor] = {}
+    for path, width in widths.items():
+        if path not in written:
+            raise RewriteError(
+                f"{path}: expected a convolution or linear layer of the network, found none of that path"
+            )
+        space = written[path]
+        wanted = torch.arange(max(width, 0)) if isinstance(width, int) else torch.tensor(width)
+        if space in keep and not torch.equal(keep[space], wanted):
+            raise RewriteError(
+                f"{path}: found {len(wanted)} channels to keep, expected the same {len(keep[space])} as for what it is coupled to"
+            )
+        if (
+            not 0 < len(wanted) <= channels.sizes[space]
+            or not 0 <= int(wanted.min()) <= int(wanted.max()) < channels.sizes[space]
+        ):
+            raise RewriteError(f"{path}: expected 1 to {channels.sizes[space]} of its channels to keep, found {width}")
+        keep[space] = wanted
+    cut_spaces(network, channels, keep, type(network).__name__)
+    return list(widths)
+
+
+def cut_spaces(
+    owner: SurgeryModule, channels: ChannelMap, keep: Mapping[int, Tensor], where: str, allow: Sequence[str] = ()
+) -> None:
+    """Keep only some channels of some spaces and slice every module that uses them.
+
+    Raises:
+        RewriteError: If a space, or one coupled to it by a grouped convolution, cannot change.
+    """
+    kept = {channels.find(space): indices for space, indices in keep.items()}
+    _follow_links(channels, kept, where)
+    prunable = {name for name, module in owner.named_modules() if isinstance(module, Prunable)} if allow else set()
+    held = [pin.reason for space in kept for pin in channels.pins_of(space) if pin.path not in prunable]
+    if held:
+        raise RewriteError(f"{where}: these channels cannot be cut: {held[0]}")
+    for use in channels.uses:
+        if use.path not in prunable:
+            _slice_use(owner, channels, use, kept)
+    _refresh(owner, channels, kept)
+
+
+def _follow_links(channels: ChannelMap, kept: dict[int, Tensor], where: str) -> None:
+    pending = True
+    while pending:
+        pending = False
+        for link in channels.links:
+            ends = (channels.find(link.reads), channels.find(link.writes))
+            for known, other in (ends, ends[::-1]):
+                if known in kept and other not in kept:
+                    kept[other] = _whole_groups(channels, kept[known], known, other, link.groups, where)
+                    pending = True
+
+
+def _whole_groups(channels: ChannelMap, indices: Tensor, known: int, other: int, groups: int, where: str) -> Tensor:
+    width, other_width = channels.sizes[known] // groups, channels.sizes[other] // groups
+    whole = torch.unique(indices // width)
+    if len(whole) * width != len(indices):
+        raise RewriteError(
+            f"{where}: a convolution with {groups} groups of {width} channels can only lose whole groups"
+        )
+    members: Tensor = whole[:, None] * other_width + torch.arange(other_width)
+    return members.flatten()
+
+
+def _slice_use(owner: SurgeryModule, channels: ChannelMap, use: Use, kept: Mapping[int, Tensor]) -> None:
+    reads = kept.get(channels.find(use.reads)) if use.reads is not None else None
+    writes = kept.get(channels.find(use.writes)) if use.writes is not None else None
+    if reads is not None or writes is not None:
+        _set(owner, use.path, slice_module(owner.get_submodule(use.path), reads, writes))
+
+
+def _refresh(owner: SurgeryModule, channels: ChannelMap, kept: Mapping[int, Tensor]) -> None:
+    """Bring the shapes and multiply-adds that the nodes carry up to date."""
+    for name, module in owner.named_modules():
+        if not isinstance(module, SurgeryModule):
+            continue
+        prefix = f"{name}." if name else ""
+        for node in module.graph.nodes:
+            space = channels.nodes.get((prefix, node.name))
+            if space is not None and channels.find(space) in kept and SIZE in node.meta:
+                size = node.meta[SIZE]
+                node.meta[SIZE] = torch.Size([size[0], len(kept[channels.find(space)]), *size[2:]])
+            _count(module, node)
+
+
+def count_macs(network: ConvertedNetwork) -> int:
+    """Return the multiply-adds of one image, from what the nodes of the root and of the blocks carry."""
+    graphs = [module for module in network.modules() if isinstance(module, SurgeryModule)]
+    return sum(_macs(owner, node) for owner in graphs for node in owner.graph.nodes)
+
+
+def _macs(owner: SurgeryModule, node: fx.Node) -> int:
+    nested = node.op == "call_module" and isinstance(owner.get_submodule(str(node.target)), SurgeryModule)
+    return 0 if nested else int(node.meta.get(MACS, 0))
+
+
+def _count(owner: SurgeryModule, node: fx.Node) -> None:
+    if MACS in node.meta and SIZE in node.meta:
+        weight = getattr(owner.get_submodule(str(node.target)), "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() in (2, 4):
+            node.meta[MACS] = weight.numel() * math.prod(node.meta[SIZE][2:])
+
+
+def _slice_conv(conv: nn.Conv2d, inputs: Tensor | None, outputs: Tensor | None) -> nn.Conv2d:
+    if conv.groups == 1:
+        twin = _with_tensors(conv, weight=_cut(conv.weight, outputs, inputs), bias=_cut(conv.bias, outputs))
+        twin.out_channels, twin.in_channels = twin.weight.shape[:2]
+        return twin
+    kept = _groups(conv, outputs, conv.out_channels)
+    read = kept if inputs is None else _groups(conv, inputs, conv.in_channels)
+    if not torch.equal(read, kept):
+        raise RewriteError(
+            f"a convolution keeps the same groups on both sides, found {read.tolist()} to read and {kept.tolist()} to write"
+        )
+    twin = _with_tensors(conv, weight=_cut(conv.weight, outputs), bias=_cut(conv.bias, outputs))
+    twin.out_channels = twin.weight.shape[0]
+    twin.groups = len(kept)
+    twin.in_channels = conv.in_channels // conv.groups * twin.groups
+    return twin
+
+
+def _groups(conv: nn.Conv2d, channels: Tensor | None, size: int) -> Tensor:
+    """Return the groups that `channels` of the `size` on one side make up."""
+    width = size // conv.groups
+    groups = torch.arange(conv.groups) if channels is None else channels[::width] // width
+    whole = (groups[:, None] * width + torch.arange(width)).flatten()
+    if channels is not None and not torch.equal(whole, channels):
+        raise RewriteError(f"a convolution with {conv.groups} groups of {width} channels can only lose whole groups")
+    return groups
+
+
+def _cut(tensor: Tensor | None, first: Tensor | None, second: Tensor | None = None) -> Tensor | None:
+    if tensor is None:
+        return None
+    data = tensor.detach()
+    if first is not None:
+        data = data.index_select(0, first.to(data.device))
+    if second is not None:
+        data = data.index_select(1, second.to(data.device))
+    return nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
+
+
+def _with_tensors(module: M, **tensors: Tensor | None) -> M:
+    memo: dict[int, object] = {}
+    for name, tensor in tensors.items():
+        old = getattr(module, name)
+        if old is not None and tensor is not None:
+            memo[id(old)] = tensor
+    return copy.deepcopy(module, memo)
+
+
+def _set(owner: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(owner.get_submodule(parent), name, module)

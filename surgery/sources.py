@@ -1,0 +1,115 @@
+"""Recognise by name the torchvision or timm builder of a network, so that a checkpoint can rebuild it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from surgery.architecture import Architecture
+from surgery.errors import CheckpointError
+from surgery.history import Source
+
+Factory = Callable[[], nn.Module]
+
+
+def describe_source(model: nn.Module, architecture: Architecture) -> Source:
+    """Return what has to be known about a network to build it again."""
+    config = getattr(model, "pretrained_cfg", None)
+    name = config.get("architecture", "") if isinstance(config, dict) else ""
+    cls = type(model)
+    return Source(
+        class_name=f"{cls.__module__}.{cls.__qualname__}",
+        fingerprint=fingerprint(model),
+        builder=f"timm:{name}" if name else "",
+        classes=architecture.head.classes,
+        in_channels=architecture.input_size[0],
+    )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a hash over the modules of `model`, their settings, and the names and shapes of weights and buffers."""
+    digest = hashlib.sha256()
+    for name, module in model.named_modules():
+        digest.update(f"{name}:{type(module).__qualname__}:{module.extra_repr()}\n".encode())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        digest.update(f"{name}:{tuple(tensor.shape)}\n".encode())
+    return digest.hexdigest()
+
+
+def rebuild(source: Source, factory: Factory | None = None) -> nn.Module:
+    """Build the network that `source` describes, with fresh weights; the global random state is left as it was.
+
+    Args:
+        source: What a record says about the network.
+        factory: Builds it, where no torchvision or timm builder does.
+
+    Raises:
+        CheckpointError: If nothing builds that network, or `factory` builds another one.
+    """
+    with torch.random.fork_rng(devices=[]):
+        if factory is not None:
+            return _checked(factory(), source)
+        builder = source.builder if source.builder else find_builder(source)
+        if builder:
+            return _checked(_build(builder, source), source)
+    raise CheckpointError(
+        f"no torchvision or timm builder makes this {source.class_name}; pass factory=, a function without arguments "
+        "that builds the unconverted network"
+    )
+
+
+def find_builder(source: Source) -> str:
+    """Return the builder that makes this very network, such as "torchvision:resnet50", or "" if none does."""
+    with torch.random.fork_rng(devices=[]):
+        return next(
+            (name for name in _candidates(source) if fingerprint(_hollow(name, source)) == source.fingerprint), ""
+        )
+
+
+def _checked(model: nn.Module, source: Source) -> nn.Module:
+    if fingerprint(model) != source.fingerprint:
+        raise CheckpointError(
+            f"built a {type(model).__name__} that differs from the {source.class_name} of the record (other "
+            "modules, settings or "
+            "shapes); pass factory=, the function, with the arguments, that built the original"
+        )
+    return model
+
+
+def _candidates(source: Source) -> Iterator[str]:
+    if source.builder:
+        yield source.builder
+    module = source.class_name.rpartition(".")[0]
+    if module.startswith("torchvision.models."):
+        for name in torchvision.models.list_models():
+            if torchvision.models.get_model_builder(name).__module__ == module:
+                yield f"torchvision:{name}"
+
+
+def _hollow(name: str, source: Source) -> nn.Module:
+    """Build a candidate without data where its initialisers allow that."""
+    try:
+        with torch.device("meta"):
+            return _build(name, source)
+    except (NotImplementedError, RuntimeError):  # an initialiser that reads a value
+        return _build(name, source)
+
+
+def _build(builder: str, source: Source) -> nn.Module:
+    library, _, name = builder.partition(":")
+    classes: dict[str, Any] = {} if source.classes is None else {"num_classes": source.classes}
+    if library == "timm" and timm.is_model(name):
+        timm_model: nn.Module = timm.create_model(name, in_chans=source.in_channels, **classes)
+        return timm_model
+    if library == "torchvision" and name in torchvision.models.list_models():
+        torchvision_model: nn.Module = torchvision.models.get_model(name, weights=None, **classes)
+        return torchvision_model
+    raise CheckpointError(
+        f"the record names the builder {builder!r}, which the installed torchvision and timm do not have"
+    )
