@@ -1,0 +1,65 @@
+"""Cut a network for a few classes out of a coded one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from surgery import Architecture, Block, ConvertedNetwork, Cut, PrunePlan
+from surgery.errors import InvalidOption
+from surgery_coded.modules import CodedConv2d
+
+
+def plan_classes(model: ConvertedNetwork, classes: Sequence[int]) -> PrunePlan:
+    """Plan to keep, in every coded block, the branches that any of `classes` uses, and only those outputs.
+
+    Raises:
+        InvalidOption: If `classes` is empty, repeats a class, or names one that does not exist.
+
+    Reference: Coded ResNeXt (2022), section 4.2: removing the inactive branches leaves a binary classifier.
+    """
+    architecture: Architecture = model.meta["architecture"]
+    count = architecture.head.classes or 0
+    wrong = [k for k in classes if not isinstance(k, int) or not 0 <= k < count]
+    if not classes or wrong or len(set(classes)) != len(classes):
+        raise InvalidOption(
+            f"coded: classes={list(classes)}, expected distinct indices from 0 to {count - 1}, at least one"
+        )
+    cuts = []
+    for block, module in coded_blocks(model):
+        keep = tuple(active_branches(module, classes))
+        reason = f"codeword of class {classes[0]}" if len(classes) == 1 else f"codewords of {len(classes)} classes"
+        cuts.append(Cut("branches", block.path, keep, module.branches, reason))
+    assert architecture.head.path is not None
+    cuts.append(Cut("classes", architecture.head.path, tuple(classes), count, "the classes asked for"))
+    return PrunePlan.of(model, "coded", cuts, {"classes": list(classes)})
+
+
+def coded_blocks(model: ConvertedNetwork) -> Iterator[tuple[Block, CodedConv2d]]:
+    """Yield the coded blocks with their coded convolution, in the order of the network."""
+    architecture: Architecture = model.meta["architecture"]
+    for block in architecture.blocks:
+        module = model.get_submodule(block.merge) if block.merge else None
+        if isinstance(module, CodedConv2d):
+            yield block, module
+
+
+def active_branches(module: CodedConv2d, classes: Sequence[int]) -> list[int]:
+    """Return the branches of a coded block that any of `classes` uses, ascending."""
+    used = module.codewords.cpu()[list(classes)].any(dim=0)
+    return [int(n) for n in used.nonzero().flatten()]
+
+
+def mask_branches(model: ConvertedNetwork, classes: Sequence[int]) -> ConvertedNetwork:
+    """Return a copy of the full network in which the branches that none of `classes` uses are switched off.
+
+    It computes what `surgery.prune(model, classes=...)` computes, at full cost and with all outputs.
+    """
+    masked = copy.deepcopy(model)
+    for _, module in coded_blocks(masked):
+        active = torch.zeros(module.branches, device=module.weight.device, dtype=module.weight.dtype)
+        active[active_branches(module, classes)] = 1
+        module.active = active
+    return masked
