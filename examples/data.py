@@ -6,6 +6,7 @@ read from disk through torchvision.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import pickle
 from collections.abc import Callable
@@ -181,6 +182,17 @@ def imagefolder(
     )
     train, test = (FolderSplit(folder, plain, augmented) for folder in folders)
     return Data("imagefolder", train, test, tuple(folders[0].classes), train_size, mean, std)
+
+
+def first_images(data: Data, count: int) -> Data:
+    """Return the first `count` images of both parts; data that is read from disk stays whole."""
+    parts = [
+        dataclasses.replace(split, images=split.images[:count], labels=split.labels[:count])
+        if isinstance(split, MemorySplit)
+        else split
+        for split in (data.train, data.test)
+    ]
+    return dataclasses.replace(data, train=parts[0], test=parts[1])
 
 
 Part = tuple[Tensor, Tensor]

@@ -1,0 +1,100 @@
+"""The figures of the example, drawn with matplotlib into PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import surgery
+from data import Data
+from training import Epoch
+
+BLUE, ORANGE, GREY = "#2a6fbb", "#d9822b", "#8a8f98"
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "font.size": 10}
+
+
+def draw_training(plain: Sequence[Epoch], coded: Sequence[Epoch], path: Path) -> None:
+    """Draw test accuracy and losses of both networks over the epochs."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9, 3.4), layout="constrained")
+        accuracy, loss = figure.subplots(1, 2)
+        for epochs, name, colour in ((plain, "plain", GREY), (coded, "coded", BLUE)):
+            known = [(epoch.epoch + 1, epoch.accuracy) for epoch in epochs if epoch.accuracy is not None]
+            accuracy.plot(*zip(*known, strict=True), color=colour, label=name, marker="o", markersize=3)
+            loss.plot(
+                [e.epoch + 1 for e in epochs], [e.terms["task"] for e in epochs], color=colour, label=f"{name}, task"
+            )
+        terms = [epoch.terms["coding"] for epoch in coded]
+        loss.plot([e.epoch + 1 for e in coded], terms, color=ORANGE, label="coded, coding loss x mu")
+        accuracy.set(title="Test accuracy", xlabel="epoch", ylim=(None, 1.0))
+        loss.set(title="Training loss", xlabel="epoch", yscale="log")
+        accuracy.legend(frameon=False, loc="lower right")
+        loss.legend(frameon=False)
+        figure.savefig(path, dpi=150)
+
+
+def draw_decoders(decoders: Mapping[str, float], accuracy: float, path: Path) -> None:
+    """Draw the accuracy of the early decoders, block by block, below that of the whole network."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6, 3.4), layout="constrained")
+        axes = figure.subplots()
+        bars = axes.bar(list(decoders), [100 * share for share in decoders.values()], color=BLUE, width=0.6)
+        axes.bar_label(bars, fmt="%.1f", padding=2)
+        axes.axhline(100 * accuracy, color=ORANGE, label=f"whole network: {100 * accuracy:.1f} %")
+        axes.set(title="What each coded block predicts from its energies", ylabel="test accuracy in %", ylim=(0, 108))
+        axes.legend(frameon=False, loc="lower right")
+        figure.savefig(path, dpi=150)
+
+
+def draw_energies(coded: surgery.ConvertedNetwork, data: Data, path: Path) -> None:
+    """Draw the codewords and the mean energies of branch and class, for the last coded block of each stage."""
+    energies = _class_energies(coded, data)
+    last = {block.stage: block for block in coded.meta["architecture"].blocks if f"{block.path}/energy" in energies}
+    rows = min(len(data.classes), 20)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(8, 3.6 * len(last)), layout="constrained")
+        grid = figure.subplots(len(last), 2, squeeze=False)
+        for axes, block in zip(grid, last.values(), strict=True):
+            module = coded.get_submodule(block.merge)
+            share = (energies[f"{block.path}/energy"] * module.ratio)[:rows]
+            pictures = ((module.codewords[:rows].float(), "codewords"), (share, "ratio x mean energy on test images"))
+            for axis, (picture, title) in zip(axes, pictures, strict=True):
+                image = axis.imshow(picture, cmap="Blues", vmin=0, vmax=1.2, aspect="auto")
+                axis.set(
+                    title=f"{block.path}: {title}", xlabel="branch", yticks=range(rows), yticklabels=data.classes[:rows]
+                )
+            figure.colorbar(image, ax=list(axes), shrink=0.8)
+        figure.savefig(path, dpi=150)
+
+
+def draw_binary(logits: Tensor, positive: Tensor, threshold: float, name: str, path: Path) -> None:
+    """Draw the outputs of the one-class network for test images of the class and for all others."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6, 3.4), layout="constrained")
+        axes = figure.subplots()
+        edges = torch.linspace(float(logits.min()), float(logits.max()), 41).tolist()
+        for chosen, label, colour in ((~positive, "other classes", GREY), (positive, f"class {name!r}", BLUE)):
+            axes.hist(logits[chosen].tolist(), bins=edges, color=colour, alpha=0.8, label=label, density=True)
+        axes.axvline(threshold, color=ORANGE, label="threshold, chosen on training images")
+        axes.set(title=f"Output of the network cut out for {name!r}", xlabel="logit", ylabel="density of test images")
+        axes.legend(frameon=False)
+        figure.savefig(path, dpi=150)
+
+
+@torch.no_grad()
+def _class_energies(coded: surgery.ConvertedNetwork, data: Data) -> dict[str, Tensor]:
+    """Return, for each energy tap, the mean energies (classes, N) over the test images of each class."""
+    sums: dict[str, Tensor] = {}
+    for indices in torch.arange(len(data.test)).split(256):
+        with surgery.record(coded) as taps:
+            coded(data.test.batch(indices))
+        for name in taps:
+            start = torch.zeros(len(data.classes), taps[name].shape[1])
+            sums[name] = sums.get(name, start).index_add(0, data.test.targets[indices], taps[name])
+    counts = torch.bincount(data.test.targets, minlength=len(data.classes)).clamp(min=1)
+    return {name: total / counts[:, None] for name, total in sums.items()}
