@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib as mpl
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 import surgery
@@ -33,6 +34,8 @@ def draw_training(plain: Sequence[Epoch], coded: Sequence[Epoch], path: Path) ->
         loss.plot([e.epoch + 1 for e in coded], terms, color=ORANGE, label="coded, coding loss x mu")
         accuracy.set(title="Test accuracy", xlabel="epoch", ylim=(None, 1.0))
         loss.set(title="Training loss", xlabel="epoch", yscale="log")
+        for axes in (accuracy, loss):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         accuracy.legend(frameon=False, loc="lower right")
         loss.legend(frameon=False)
         figure.savefig(path, dpi=150)
@@ -44,10 +47,11 @@ def draw_decoders(decoders: Mapping[str, float], accuracy: float, path: Path) ->
         figure = Figure(figsize=(6, 3.4), layout="constrained")
         axes = figure.subplots()
         bars = axes.bar(list(decoders), [100 * share for share in decoders.values()], color=BLUE, width=0.6)
-        axes.bar_label(bars, fmt="%.1f", padding=2)
+        axes.bar_label(bars, fmt="%.1f", label_type="center", color="white")
         axes.axhline(100 * accuracy, color=ORANGE, label=f"whole network: {100 * accuracy:.1f} %")
-        axes.set(title="What each coded block predicts from its energies", ylabel="test accuracy in %", ylim=(0, 108))
-        axes.legend(frameon=False, loc="lower right")
+        axes.set(title="What each coded block predicts from its energies", ylabel="test accuracy in %", ylim=(0, 125))
+        axes.set_yticks(range(0, 101, 20))
+        axes.legend(frameon=False, loc="upper left")
         figure.savefig(path, dpi=150)
 
 

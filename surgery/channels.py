@@ -12,16 +12,17 @@ from surgery.shapes import SIZE
 
 _PER_CHANNEL = (nn.modules.batchnorm._NormBase,)
 _MIXING = (nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.ChannelShuffle)
-_ELEMENTWISE = frozenset(
-    "add iadd sub isub mul imul truediv relu relu_ relu6 hardtanh sigmoid silu gelu hardswish hardsigmoid tanh elu leaky_relu "
-    "dropout adaptive_avg_pool2d avg_pool2d max_pool2d boolean_dispatch mean flatten interpolate contiguous clone float to "
-    "add_ mul_ detach drop_path stochastic_depth".split()
-)
+_ARITHMETIC = ("add", "add_", "iadd", "sub", "isub", "mul", "mul_", "imul", "truediv")
+_RECTIFIERS = ("relu", "relu_", "relu6", "leaky_relu", "elu", "silu", "gelu", "hardswish")
+_BOUNDED = ("hardtanh", "tanh", "sigmoid", "hardsigmoid")
+_SPATIAL = ("adaptive_avg_pool2d", "avg_pool2d", "max_pool2d", "boolean_dispatch", "mean", "flatten", "interpolate")
+_SAME = ("contiguous", "clone", "detach", "float", "to", "dropout", "drop_path", "stochastic_depth")
+_BY_CHANNEL = frozenset((*_ARITHMETIC, *_RECTIFIERS, *_BOUNDED, *_SPATIAL, *_SAME))
 
 
 @runtime_checkable
 class PerChannel(Protocol):
-    """A module that a method inserted and that treats every channel by itself, such as a gate with one entry for each."""
+    """A module that a method inserted and that treats every channel by itself: a gate with one entry for each."""
 
     def sliced(self, channels: Tensor) -> nn.Module:
         """Return the module for the channels `channels` of those it has now."""
@@ -264,7 +265,7 @@ def _function(channels: ChannelMap, node: fx.Node, spaces: dict[fx.Node, int | N
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     sizes = {channels.sizes[channels.find(space)] for space in known}
     if (
-        name not in _ELEMENTWISE
+        name not in _BY_CHANNEL
         or len(sizes) != 1
         or _width(node) not in (None, *sizes)
         or _reads_other_channels(node, spaces)

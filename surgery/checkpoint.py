@@ -120,14 +120,14 @@ def _tensors(model: ConvertedNetwork) -> tuple[dict[str, Tensor], dict[str, str]
     """Return the state dict without tied copies, and a map from each tied name to the name that is kept."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    first: dict[tuple[int, tuple[int, ...]], str] = {}
-    for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr(), tuple(tensor.shape))
-        if tensor.numel() and key in first:
-            aliases[name] = first[key]
-            continue
-        first[key] = name
-        tensors[name] = tensor.detach().cpu().contiguous()
+    first: dict[int, str] = {}
+    # Ties are the same object: addresses are 0 for every tensor of an XLA device.
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        kept = first.setdefault(id(tensor), name)
+        if kept != name:
+            aliases[name] = kept
+        else:
+            tensors[name] = tensor.detach().cpu().contiguous()
     return tensors, aliases
 
 
@@ -240,10 +240,9 @@ def _restore(network: ConvertedNetwork, tensors: dict[str, Tensor], state: dict[
             f"{shapes[:3]}; "
             "the file was written by another version of the method or of the network's library"
         )
-    example = next(network.parameters())
-    stored = next((weights[name] for name, _ in network.named_parameters()), example)
-    network.to(stored.dtype)
-    network.load_state_dict(weights, assign=True)
+    # In place, so that tied weights stay tied; each tensor takes the dtype it was stored with.
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        tensor.data = weights[name]
     frozen, evaluating = set(state["frozen"]), set(state["evaluating"])
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name not in frozen)

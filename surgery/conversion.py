@@ -15,8 +15,8 @@ from surgery.errors import (
     AlreadyConverted,
     ConformanceError,
     InvalidOption,
+    NothingConverted,
     PluginError,
-    RewriteError,
     SurgeryError,
     TransformFailed,
 )
@@ -31,6 +31,7 @@ CONVERSION = "conversion"
 ARCHITECTURE = "architecture"
 METHODS = "methods"
 """Key in `network.meta`: the methods themselves, so that one defined in a script works without being installed."""
+_COMMA = re.compile(r",(?![^\[]*\])")  # but not within a list
 _SPEC = re.compile(r"^(?P<name>[\w-]+)(?:\{(?P<options>.*)\})?$")
 
 
@@ -46,7 +47,7 @@ def convert(
 
     Args:
         model: A plain torchvision or timm network, or your own; or one that another method has converted.
-        method: Name of an installed method, a spec such as `"coded{mu=2}"`, or a `Method` instance.
+        method: Name of an installed method, a spec such as `"name{option=2}"`, or a `Method` instance.
         input_size: Side of the image in pixels, or (height, width), that resolutions and MACs refer to.
         verify: Check in float64, on random images, what the method claims to preserve.
         **options: Options of the method, where it is given by name.
@@ -105,7 +106,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     match = _SPEC.match(spec.strip())
     if match is None:
         raise InvalidOption(f"method spec {spec!r}: expected a name, or name{{key=value,...}}")
-    pairs = [pair for pair in (match["options"] or "").split(",") if pair.strip()]
+    pairs = [pair for pair in _COMMA.split(match["options"] or "") if pair.strip()]
     return match["name"], parse_options(pairs)
 
 
@@ -122,7 +123,10 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
             raise InvalidOption(f"option {pair!r}: expected key=value")
         table, _, entry = key.strip().partition(".")
         if entry:
-            options.setdefault(table, {})[entry] = _value(value.strip())
+            values = options.setdefault(table, {})
+            if not isinstance(values, dict):
+                raise InvalidOption(f"option {pair!r}: {table!r} is given as a value and as a table; give one of them")
+            values[entry] = _value(value.strip())
         else:
             options[table] = _value(value.strip())
     return options
@@ -151,13 +155,17 @@ def prepare(model: nn.Module, method: Method, input_size: int | tuple[int, int] 
 def _refuse_stacking(model: ConvertedNetwork, method: Method) -> None:
     record: Conversion = model.meta[CONVERSION]
     if method.name in record.methods:
-        raise AlreadyConverted(f"the network is already converted by {method.name!r}; convert the original again instead")
+        raise AlreadyConverted(
+            f"the network is already converted by {method.name!r}; convert the original again instead"
+        )
     if any(operation.kind == "prune" for operation in record.operations):
         raise AlreadyConverted("the network is pruned; convert the original, then prune")
     closed = [other.name for other in model.meta[METHODS] if not other.stacks]
     if closed or not method.stacks:
         other = ", ".join(closed) or method.name
-        raise AlreadyConverted(f"{method.name!r} cannot be applied on top of {', '.join(record.methods)}: {other} does not stack")
+        raise AlreadyConverted(
+            f"{method.name!r} cannot be applied on top of {', '.join(record.methods)}: {other} does not stack"
+        )
 
 
 def apply_method(
@@ -180,7 +188,10 @@ def apply_method(
     with torch.random.fork_rng(devices=[], enabled=decisions is not None):
         converted = _transformed(rewriter, method)
     if not rewriter.sites:
-        raise RewriteError(f"{method.name}: the transform changed nothing and gave no reason; it should raise NothingConverted")
+        raise NothingConverted(
+            f"{method.name}: the transform changed nothing in {converted.meta[ARCHITECTURE].name}",
+            converted.meta[ARCHITECTURE].refusals,
+        )
     provider = provider_of(type(method))
     operation = Operation(
         "convert",
@@ -206,7 +217,9 @@ def _transformed(rewriter: Rewriter, method: Method) -> ConvertedNetwork:
     except Exception as error:  # a third party's code can raise anything; the caller learns where
         site = rewriter.sites[-1] if rewriter.sites else None
         where = f"after {site.role} at {site.block or '(root)'}" if site else "before its first edit"
-        raise TransformFailed(f"{method.name}: the transform failed {where}: {type(error).__name__}: {error}") from error
+        raise TransformFailed(
+            f"{method.name}: the transform failed {where}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def verify_preserved(model: nn.Module, converted: ConvertedNetwork, method: Method) -> None:
@@ -217,9 +230,15 @@ def verify_preserved(model: nn.Module, converted: ConvertedNetwork, method: Meth
     """
     if method.preserves != "nothing":
         weights = converted.state_dict()
-        lost = [key for key, value in model.state_dict().items() if key not in weights or not torch.equal(weights[key], value)]
+        lost = [
+            key
+            for key, value in model.state_dict().items()
+            if key not in weights or not torch.equal(weights[key], value)
+        ]
         if lost:
-            raise ConformanceError(f"preserves: {method.name} claims to keep the weights, but changed or lost {lost[:3]}")
+            raise ConformanceError(
+                f"preserves: {method.name} claims to keep the weights, but changed or lost {lost[:3]}"
+            )
     if method.preserves == "output":
         size = converted.meta[ARCHITECTURE].input_size
         image = torch.rand(2, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -228,7 +247,9 @@ def verify_preserved(model: nn.Module, converted: ConvertedNetwork, method: Meth
             after = copy.deepcopy(converted).double().eval()(image.to(before.device))
         if not torch.equal(before, after):
             worst = (before - after).abs().max().item()
-            raise ConformanceError(f"preserves: {method.name} claims equal outputs, but they differ by up to {worst:.3g}")
+            raise ConformanceError(
+                f"preserves: {method.name} claims equal outputs, but they differ by up to {worst:.3g}"
+            )
 
 
 def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:

@@ -82,6 +82,9 @@ class Method(ABC):
     def transform(self, architecture: Architecture, rewriter: Rewriter) -> None:
         """Edit the network through `rewriter`.
 
+        Shapes and MACs of the result come from a run on meta tensors in eval mode, so inserted modules must not read
+        numbers there, as `if mask.any():` does, nor keep tensors that are neither parameters nor buffers.
+
         Args:
             architecture: What recognition found.
             rewriter: The only way to change the graph.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -16,12 +15,19 @@ from torch.utils.checkpoint import checkpoint
 from surgery.analysis import find_head
 from surgery.errors import NotKept, SurgeryError, UnsupportedModel
 from surgery.nesting import Nested
-from surgery.shapes import MACS, SIZE
+from surgery.shapes import refresh, total_macs
 from surgery.tracing import CONSTANT, MARK, SITE, TrainingFlag, is_training_flag
 
-_KEPT_AS_IS = ("get_classifier", "no_weight_decay", "group_matcher")
+_KEPT_AS_IS = ("no_weight_decay", "group_matcher")
 _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_REPLACED = ("forward", "forward_features", "forward_head", "set_grad_checkpointing", "reset_classifier")
+_REPLACED = (
+    "forward",
+    "forward_features",
+    "forward_head",
+    "set_grad_checkpointing",
+    "get_classifier",
+    "reset_classifier",
+)
 
 
 class SurgeryModule(fx.GraphModule):
@@ -159,6 +165,7 @@ def _network_class(source: type[nn.Module]) -> type[ConvertedNetwork]:
         "forward_features": _forward_features,
         "forward_head": _forward_head,
         "set_grad_checkpointing": _set_grad_checkpointing,
+        "get_classifier": _get_classifier,
         "reset_classifier": _reset_classifier,
     }
     members |= {name: function for name, function in ours.items() if name in public}
@@ -176,16 +183,6 @@ def _private_helpers(source: type[nn.Module]) -> dict[str, Any]:
         private = {name: value for name, value in vars(cls).items() if name.startswith("_") and not name.endswith("__")}
         helpers |= {name: value for name, value in private.items() if callable(value) and name not in taken}
     return helpers
-
-
-def _recount(network: ConvertedNetwork, node: fx.Node) -> int:
-    """Bring the multiply-adds of a layer on pooled features up to date and return how many fewer they are."""
-    module = network.get_submodule(str(node.target))
-    if isinstance(module, BlockModule) or math.prod(node.meta[SIZE][2:]) != 1:
-        return 0
-    before = int(node.meta[MACS])
-    node.meta[MACS] = module.weight.numel() if isinstance(module, (nn.Linear, nn.Conv2d)) else 0
-    return before - int(node.meta[MACS])
 
 
 def _forward_head(self: ConvertedNetwork, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -232,15 +229,31 @@ def _set_grad_checkpointing(self: ConvertedNetwork, enable: bool = True) -> None
             module.grad_checkpointing = enable
 
 
+def _get_classifier(self: ConvertedNetwork) -> nn.Module:
+    """Return what the source network's own method returns."""
+    _refuse_several(self, "get_classifier")
+    classifier: nn.Module = type(self).source_class.get_classifier(self)  # type: ignore[attr-defined]
+    return classifier
+
+
+def _refuse_several(network: ConvertedNetwork, name: str) -> None:
+    if any(isinstance(module, ConvertedNetwork) for module in network.modules() if module is not network):
+        raise NotKept(
+            f"{type(network).__name__}.{name}: found a classifier in each copy of the network, expected one for all; "
+            "replace the classifier before the conversion"
+        )
+
+
 def _reset_classifier(self: ConvertedNetwork, num_classes: int, *args: Any, **kwargs: Any) -> None:
     """Replace the classifier as the source network's own method does, and write that into the record."""
+    _refuse_several(self, "reset_classifier")
     type(self).source_class.reset_classifier(self, num_classes, *args, **kwargs)  # type: ignore[attr-defined]
-    saved = sum(_recount(self, node) for node in self.graph.nodes if MACS in node.meta)
     architecture = self.meta["architecture"]
+    refresh(self, architecture.input_size, edited=())
     self.meta["architecture"] = replace(
         architecture,
         head=find_head(self, self.graph),
-        macs=architecture.macs - saved,
+        macs=total_macs(self.graph),
         params=sum(parameter.numel() for parameter in self.parameters()),
     )
     self.meta["conversion"] = self.meta["conversion"].with_classifier(num_classes, args, kwargs)

@@ -59,9 +59,13 @@ class Objective(nn.Module):
         for method in self._methods:
             for name, value in method.losses(step).items():
                 if name in terms:
-                    raise InvalidOption(f"two methods of {', '.join(m.name for m in self._methods)} define the term {name!r}")
+                    raise InvalidOption(
+                        f"two methods of {', '.join(m.name for m in self._methods)} define the term {name!r}"
+                    )
                 if value.dim() != 0:
-                    raise InvalidOption(f"{method.name}: the term {name!r} has shape {tuple(value.shape)}, expected a scalar")
+                    raise InvalidOption(
+                        f"{method.name}: the term {name!r} has shape {tuple(value.shape)}, expected a scalar"
+                    )
                 terms[name] = value
         if "task" not in terms:
             terms["task"] = self.criterion(output, target)
@@ -103,8 +107,8 @@ def methods_of(model: ConvertedNetwork) -> tuple[Method, ...]:
 def param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
     """Return parameter groups for a torch optimizer.
 
-    Weights of norms, biases and what the network lists in `no_weight_decay()` are not decayed; on top of that each method
-    sets the learning rate and the decay of its own parameters. Frozen parameters are left out.
+    Weights of norms, biases and what the network lists in `no_weight_decay()` are not decayed; on top of that each
+    method sets the learning rate and the decay of its own parameters. Frozen parameters are left out.
 
     Args:
         model: A converted network, wrapped or not, or a plain one.

@@ -5,21 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import nn
 
-from surgery.architecture import Architecture, Block
-from surgery.conversion import ARCHITECTURE, CONVERSION, METHODS
+from surgery.conversion import CONVERSION, METHODS
 from surgery.errors import InvalidOption, PruneError
+from surgery.figures import Figures, figures
 from surgery.history import Conversion, Operation
 from surgery.network import ConvertedNetwork
 from surgery.objective import methods_of
 from surgery.plugins import Provider, provider_of
-from surgery.rewriter import Rewriter, upstream
-from surgery.shapes import MACS
-from surgery.slicing import count_macs
+from surgery.rewriter import Rewriter
 from surgery.tracing import refuse_wrapped
 
 CutKind = Literal["branches", "body", "classes", "inputs", "outputs", "stream", "module", "members"]
@@ -30,10 +28,11 @@ class Cut:
     """One thing to remove.
 
     Attributes:
-        kind: "branches" keeps some branches of a block, "body" removes the body of a residual block, "classes" keeps some
-            rows of the classifier, "inputs" and "outputs" keep some channels that one convolution reads or
-            writes, "stream" keeps some that it writes and everything that is coupled to it, across blocks, "module" keeps some parts of an inserted module (see `surgery.slicing.Selectable`) or
-            takes a pass-through one out, "members" keeps some of the copies of a replicated network.
+        kind: "branches" keeps some branches of a block, "body" removes the body of a residual block, "classes" keeps
+            some rows of the classifier, "inputs" and "outputs" keep some channels that one convolution reads or writes,
+            "stream" keeps some that it writes and everything that is coupled to it, across blocks, "module" keeps some
+            parts of an inserted module (see `surgery.slicing.Selectable`) or takes a pass-through one out, "members"
+            keeps some of the copies of a replicated network.
         path: Path of the block, the classifier, the convolution, or the inserted module.
         keep: Indices of what stays, in order; empty for "body", and for a "module" that is taken out.
         of: How many there are now.
@@ -51,23 +50,6 @@ class Cut:
         unit = {"module": "parts", "stream": "channels of the stream"}.get(self.kind, self.kind)
         what = f"{len(self.keep)} of {self.of} {unit} kept" if self.keep else f"{self.kind} removed"
         return f"{self.path}: {what}" + (f" ({self.reason})" if self.reason else "")
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Size of a network.
-
-    Attributes:
-        params: Number of parameters.
-        macs: Multiply-adds of one image, convolutions and linear layers.
-        projection_params: Parameters of the projection shortcuts among them.
-        projection_macs: Multiply-adds of the projection shortcuts among them.
-    """
-
-    params: int
-    macs: int
-    projection_params: int
-    projection_macs: int
 
 
 @dataclass(frozen=True)
@@ -127,6 +109,9 @@ class PrunePlan:
         """
         try:
             cuts = tuple(Cut(**{**cut, "keep": tuple(cut["keep"])}) for cut in data["cuts"])
+            unknown = sorted({cut.kind for cut in cuts} - set(get_args(CutKind)))
+            if unknown:
+                raise TypeError(f"unknown kinds of cuts {unknown}")
             figures_of = {name: Figures(**data[name]) for name in ("before", "after")}
             return cls(data["method"], data["criteria"], cuts, **figures_of)
         except (KeyError, TypeError) as error:
@@ -186,12 +171,27 @@ def prune(model: nn.Module, plan: PrunePlan | None = None, **criteria: Any) -> C
     network = _converted(model)
     if plan is not None and criteria:
         raise InvalidOption(f"pass either a plan or criteria, found both: {sorted(criteria)}")
-    decided = plan if plan is not None else globals()["plan"](network, **criteria)
+    decided = plan if plan is not None else _decided(network, criteria)
+    if decided.before != (found := figures(network)):
+        raise PruneError(
+            f"the plan is one for {decided.before.params:,} parameters and {decided.before.macs:,} MACs, found a "
+            f"network of {found.params:,} and {found.macs:,}; plan it anew"
+        )
     return apply_plan(copy.deepcopy(network), decided)
 
 
 def apply_plan(network: ConvertedNetwork, decided: PrunePlan) -> ConvertedNetwork:
-    """Cut `network` in place as `decided` says, and write it into the record."""
+    """Cut `network` in place as `decided` says, and write it into the record.
+
+    Raises:
+        PruneError: If the plan was made for another network.
+    """
+    if figures(network) != decided.before:
+        raise PruneError(
+            f"the plan was made for another network ({decided.before.params:,} parameters, {decided.before.macs:,} "
+            "MACs; this "
+            f"one has {figures(network).params:,} and {figures(network).macs:,}); plan this one anew"
+        )
     rewriter = _apply(network, decided.method, decided.cuts)
     pruned = rewriter.finish()
     provider = _provider(network, decided.method)
@@ -202,6 +202,10 @@ def apply_plan(network: ConvertedNetwork, decided: PrunePlan) -> ConvertedNetwor
     return pruned
 
 
+def _decided(network: ConvertedNetwork, criteria: Mapping[str, Any]) -> PrunePlan:
+    return plan(network, **criteria)
+
+
 def _provider(network: ConvertedNetwork, name: str) -> Provider:
     methods = {method.name: type(method) for method in network.meta[METHODS]}
     if name not in methods:
@@ -209,31 +213,6 @@ def _provider(network: ConvertedNetwork, name: str) -> Provider:
             f"the plan is one of {name!r}, but the network is converted by {', '.join(methods)}; plan it anew"
         )
     return provider_of(methods[name])
-
-
-def figures(network: ConvertedNetwork) -> Figures:
-    """Return the size of a converted network, from the shapes that its graphs carry."""
-    architecture: Architecture = network.meta[ARCHITECTURE]
-    projections = [part for block in architecture.blocks if block.projected for part in _projection(network, block)]
-    return Figures(
-        params=sum(parameter.numel() for parameter in network.parameters()),
-        macs=count_macs(network),
-        projection_params=sum(params for params, _ in projections),
-        projection_macs=sum(macs for _, macs in projections),
-    )
-
-
-def _projection(network: ConvertedNetwork, block: Block) -> list[tuple[int, int]]:
-    owner = network.block(block.path)
-    nodes = {node.name: node for node in owner.graph.nodes}
-    if block.shortcut not in nodes or block.body not in nodes:
-        return []
-    only = upstream(nodes[block.shortcut]) - upstream(nodes[block.body])
-    return [
-        (sum(p.numel() for p in owner.get_submodule(str(node.target)).parameters()), int(node.meta.get(MACS, 0)))
-        for node in only
-        if node.op == "call_module"
-    ]
 
 
 def _converted(model: nn.Module) -> ConvertedNetwork:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from surgery.architecture import Block
 from surgery.channels import ChannelMap, ChannelReader, PerChannel, Scatter, Select, Use, channel_map
 from surgery.errors import RewriteError
 from surgery.network import ConvertedNetwork, SurgeryModule
-from surgery.shapes import MACS, SIZE
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -31,7 +29,7 @@ class Prunable(Protocol):
 
 @runtime_checkable
 class Selectable(Protocol):
-    """A module that a method inserted, made of parts of which a plan can keep some: norm copies, entries of a mask, heads."""
+    """A module that a method inserted, made of parts of which a plan can keep some: norms, mask entries, heads."""
 
     def selected(self, keep: Sequence[int]) -> nn.Module:
         """Return the module for the parts `keep` of those it has now."""
@@ -41,7 +39,8 @@ def slice_module(module: nn.Module, inputs: Tensor | None, outputs: Tensor | Non
     """Return a copy of `module` with only some of its channels; everything else about it is kept.
 
     Args:
-        module: Conv2d (grouped or not), a batch or instance norm, Linear, or what core and methods insert that can be cut.
+        module: Conv2d (grouped or not), a batch or instance norm, Linear, or what core and methods insert that can be
+            cut.
         inputs: Indices of the input channels to keep, or None for all. A grouped convolution keeps whole groups.
         outputs: Indices of the output channels to keep, or None for all.
 
@@ -74,7 +73,7 @@ def slice_module(module: nn.Module, inputs: Tensor | None, outputs: Tensor | Non
 
 
 def keep_branches(owner: SurgeryModule, block: Block, branches: Sequence[int], of: int | None = None) -> Block:
-    """Cut all but `branches` out of the block that `owner` computes, in place, and return its new description.
+    """Cut all but `branches` out of the block that `owner` computes, in place, and describe its new widths.
 
     Raises:
         RewriteError: If the channels of the branches are coupled to something outside of them.
@@ -93,22 +92,20 @@ def keep_branches(owner: SurgeryModule, block: Block, branches: Sequence[int], o
     hidden = channels.nodes["", call.all_input_nodes[0].name]
     for name, module in list(owner.named_modules()):
         if isinstance(module, Prunable):
-            _set(owner, name, module.pruned(kept))
+            owner.set_submodule(name, module.pruned(kept))
     cut_spaces(owner, channels, {hidden: indices}, block.path, allow=("pruned",))
     return replace(
         block,
         channels=replace(block.channels, hidden=len(indices)),
         cardinality=len(kept) * block.cardinality // len(ranges),
-        macs=sum(node.meta.get(MACS, 0) for node in owner.graph.nodes),
-        params=sum(parameter.numel() for parameter in owner.parameters()),
     )
 
 
-def widths_to_channels(network: ConvertedNetwork, widths: Mapping[str, int | Sequence[int]]) -> list[str]:
+def cut_widths(network: ConvertedNetwork, widths: Mapping[str, int | Sequence[int]]) -> list[str]:
     """Cut the outputs of the named convolutions to these channels, or their first ones, with everything coupled.
 
     Returns:
-        The paths.
+        Paths of the modules that were sliced.
 
     Raises:
         RewriteError: If a path is no convolution, a group is pinned, or coupled convolutions get different widths.
@@ -125,7 +122,8 @@ def widths_to_channels(network: ConvertedNetwork, widths: Mapping[str, int | Seq
         wanted = torch.arange(max(width, 0)) if isinstance(width, int) else torch.tensor(width)
         if space in keep and not torch.equal(keep[space], wanted):
             raise RewriteError(
-                f"{path}: found {len(wanted)} channels to keep, expected the same {len(keep[space])} as for what it is coupled to"
+                f"{path}: found {len(wanted)} channels to keep, expected the same {len(keep[space])} as for what it is "
+                "coupled to"
             )
         if (
             not 0 < len(wanted) <= channels.sizes[space]
@@ -133,14 +131,16 @@ def widths_to_channels(network: ConvertedNetwork, widths: Mapping[str, int | Seq
         ):
             raise RewriteError(f"{path}: expected 1 to {channels.sizes[space]} of its channels to keep, found {width}")
         keep[space] = wanted
-    cut_spaces(network, channels, keep, type(network).__name__)
-    return list(widths)
+    return cut_spaces(network, channels, keep, type(network).__name__)
 
 
 def cut_spaces(
     owner: SurgeryModule, channels: ChannelMap, keep: Mapping[int, Tensor], where: str, allow: Sequence[str] = ()
-) -> None:
+) -> list[str]:
     """Keep only some channels of some spaces and slice every module that uses them.
+
+    Returns:
+        Paths of the modules that were sliced.
 
     Raises:
         RewriteError: If a space, or one coupled to it by a grouped convolution, cannot change.
@@ -151,10 +151,11 @@ def cut_spaces(
     held = [pin.reason for space in kept for pin in channels.pins_of(space) if pin.path not in prunable]
     if held:
         raise RewriteError(f"{where}: these channels cannot be cut: {held[0]}")
+    sliced = []
     for use in channels.uses:
-        if use.path not in prunable:
-            _slice_use(owner, channels, use, kept)
-    _refresh(owner, channels, kept)
+        if use.path not in prunable and _slice_use(owner, channels, use, kept):
+            sliced.append(use.path)
+    return sliced
 
 
 def _follow_links(channels: ChannelMap, kept: dict[int, Tensor], where: str) -> None:
@@ -180,43 +181,13 @@ def _whole_groups(channels: ChannelMap, indices: Tensor, known: int, other: int,
     return members.flatten()
 
 
-def _slice_use(owner: SurgeryModule, channels: ChannelMap, use: Use, kept: Mapping[int, Tensor]) -> None:
+def _slice_use(owner: SurgeryModule, channels: ChannelMap, use: Use, kept: Mapping[int, Tensor]) -> bool:
     reads = kept.get(channels.find(use.reads)) if use.reads is not None else None
     writes = kept.get(channels.find(use.writes)) if use.writes is not None else None
-    if reads is not None or writes is not None:
-        _set(owner, use.path, slice_module(owner.get_submodule(use.path), reads, writes))
-
-
-def _refresh(owner: SurgeryModule, channels: ChannelMap, kept: Mapping[int, Tensor]) -> None:
-    """Bring the shapes and multiply-adds that the nodes carry up to date."""
-    for name, module in owner.named_modules():
-        if not isinstance(module, SurgeryModule):
-            continue
-        prefix = f"{name}." if name else ""
-        for node in module.graph.nodes:
-            space = channels.nodes.get((prefix, node.name))
-            if space is not None and channels.find(space) in kept and SIZE in node.meta:
-                size = node.meta[SIZE]
-                node.meta[SIZE] = torch.Size([size[0], len(kept[channels.find(space)]), *size[2:]])
-            _count(module, node)
-
-
-def count_macs(network: ConvertedNetwork) -> int:
-    """Return the multiply-adds of one image, from what the nodes of the root and of the blocks carry."""
-    graphs = [module for module in network.modules() if isinstance(module, SurgeryModule)]
-    return sum(_macs(owner, node) for owner in graphs for node in owner.graph.nodes)
-
-
-def _macs(owner: SurgeryModule, node: fx.Node) -> int:
-    nested = node.op == "call_module" and isinstance(owner.get_submodule(str(node.target)), SurgeryModule)
-    return 0 if nested else int(node.meta.get(MACS, 0))
-
-
-def _count(owner: SurgeryModule, node: fx.Node) -> None:
-    if MACS in node.meta and SIZE in node.meta:
-        weight = getattr(owner.get_submodule(str(node.target)), "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() in (2, 4):
-            node.meta[MACS] = weight.numel() * math.prod(node.meta[SIZE][2:])
+    if reads is None and writes is None:
+        return False
+    owner.set_submodule(use.path, slice_module(owner.get_submodule(use.path), reads, writes))
+    return True
 
 
 def _slice_conv(conv: nn.Conv2d, inputs: Tensor | None, outputs: Tensor | None) -> nn.Conv2d:
@@ -228,7 +199,8 @@ def _slice_conv(conv: nn.Conv2d, inputs: Tensor | None, outputs: Tensor | None) 
     read = kept if inputs is None else _groups(conv, inputs, conv.in_channels)
     if not torch.equal(read, kept):
         raise RewriteError(
-            f"a convolution keeps the same groups on both sides, found {read.tolist()} to read and {kept.tolist()} to write"
+            f"a convolution keeps the same groups on both sides, found {read.tolist()} to read and {kept.tolist()} to "
+            "write"
         )
     twin = _with_tensors(conv, weight=_cut(conv.weight, outputs), bias=_cut(conv.bias, outputs))
     twin.out_channels = twin.weight.shape[0]
@@ -265,8 +237,3 @@ def _with_tensors(module: M, **tensors: Tensor | None) -> M:
         if old is not None and tensor is not None:
             memo[id(old)] = tensor
     return copy.deepcopy(module, memo)
-
-
-def _set(owner: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(owner.get_submodule(parent), name, module)

@@ -11,6 +11,7 @@ import sys
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from torch import nn
 
 import surgery
@@ -244,3 +245,21 @@ def test_revert_is_bit_identical(coded):
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     with pytest.raises(SurgeryError, match="cannot be reverted"):
         surgery.revert(surgery.prune(coded, classes=[1]))
+
+
+def test_tied_weights_are_stored_once_and_come_back_tied(images, tmp_path):
+    def factory() -> nn.Module:
+        torch.manual_seed(0)
+        model = CifarResNet(resnext(4, 2, depth=20, base=8), num_classes=3)
+        model.layer1[1].conv2.weight = model.layer1[0].conv2.weight
+        return model
+
+    coded = surgery.convert(factory(), "coded").eval()
+    surgery.save(coded, tmp_path / "a.safetensors", factory=factory)
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        stored = set(file.keys())
+    assert stored == set(coded.state_dict()) - {"layer1.1.conv2.weight"}
+    loaded = surgery.load(tmp_path / "a.safetensors", factory=factory)
+    assert loaded.layer1[1].conv2.weight is loaded.layer1[0].conv2.weight
+    with torch.no_grad():
+        assert torch.equal(loaded(images), coded(images))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import surgery_coded
 import torch
 from torch import nn
 
 import surgery
+import surgery_coded
 from surgery.errors import ConformanceError, InvalidOption
 from surgery.testing import (
     LAWS,
@@ -120,7 +120,10 @@ def test_pruning_laws_are_passed_over_where_criteria_are_needed():
     laws = ["pruned_smaller", "pruned_equals_muted", "modes"]
     report = check_method("coded", {"resnext": RESNEXTS["resnext"]}, laws=laws)
     assert report.held == {"resnext": ("modes",)}
-    assert "pass criteria= to check pruning; coded: prune expects classes=" in report.passed_over["resnext"]["pruned_smaller"]
+    assert (
+        "pass criteria= to check pruning; coded: prune expects classes="
+        in report.passed_over["resnext"]["pruned_smaller"]
+    )
     assert "pass muted=" in report.passed_over["resnext"]["pruned_equals_muted"]
     assert "pruned_smaller passed over" in str(report)
 
@@ -174,7 +177,7 @@ def test_any_change_of_the_original_is_seen(kind, change):
     before = _snapshot(model)
     _compare_snapshots(before, _snapshot(model), "untouched")
     change(model)
-    with pytest.raises(ConformanceError, match=rf"after, the (\w+) of the original differ") as caught:
+    with pytest.raises(ConformanceError, match=r"after, the (\w+) of the original differ") as caught:
         _compare_snapshots(before, _snapshot(model), "after")
     assert kind in str(caught.value) or kind == "modules"
 

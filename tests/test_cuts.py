@@ -1,17 +1,20 @@
 """What a plan can take out of a network, and what the rewriter must leave alone meanwhile."""
 
 import copy
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import timm
 import torch
 from torch import nn
 
-import surgery.models  # noqa: F401  # registers the small networks
-from surgery.errors import RewriteError
+import surgery
+from surgery.errors import NotKept, RewriteError
 from surgery.rewriter import Rewriter
+from surgery.shapes import MACS, SIZE
 from surgery.taps import record
-from tests.stand_ins import rebuilt
+from tests.stand_ins import Unchanged, rebuilt
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -38,7 +41,7 @@ class Copies(nn.Module):
         self.norms = nn.ModuleList(norms)
 
     def forward(self, x, extra):
-        return self.norms[0](x) + 0 * extra
+        return self.norms[0](x) + 0 * extra.mean()
 
     def selected(self, keep):
         return self.norms[keep[0]]
@@ -52,6 +55,16 @@ class Mean(nn.Module):
 class Halves(nn.Module):
     def forward(self, x):
         return x.chunk(2, 1)
+
+
+class Second(nn.Module):
+    def forward(self, values):
+        return values[1]
+
+
+class Shift(nn.Module):
+    def forward(self, x, by):
+        return x + by.mean()
 
 
 def small(name="resnet20"):
@@ -227,3 +240,186 @@ def test_new_parts_of_a_replacement_get_the_dtype_of_what_they_replace_beside_sh
     assert copies.norms[0] is norm
     assert copies.norms[1].weight.dtype == copies.norms[1].running_var.dtype == torch.float64
     assert copies.norms[1].num_batches_tracked.dtype == torch.int64
+
+
+# shapes and multiply-adds
+
+
+@dataclass(frozen=True)
+class Wider(Unchanged):
+    """Lead the body of one block through fewer positions, more channels and back again; pool the stem."""
+
+    name: ClassVar[str] = "wider"
+
+    def transform(self, architecture, rewriter):
+        block = architecture.block("layer2.1")
+        rewriter.insert(nn.AvgPool2d(2), rewriter.call_of("act1"), at=None, role="pool")
+        rewriter.replace(block.spatial, nn.Conv2d(32, 48, 5, stride=2, padding=2))
+        rewriter.replace("layer2.1.bn2", nn.BatchNorm2d(48))
+        rewriter.replace(block.merge, nn.ConvTranspose2d(48, 128, 4, stride=2, padding=1))
+
+    def plan(self, model, **criteria):
+        return surgery.PrunePlan.of(model, self.name, [surgery.Cut("classes", "fc", (0, 3), 10)], {})
+
+
+def check_figures(network):
+    """Compare what the network says of itself with what its parts cost, read and write when they run."""
+    architecture, measured = network.meta["architecture"], surgery.cost(network)
+    assert (architecture.macs, architecture.params) == (measured.macs, measured.params)
+    described = [(block.path, block.macs, block.params) for block in architecture.blocks]
+    assert described == [(block.path, block.macs, block.params) for block in measured.blocks]
+    shapes = {}
+
+    def note(module, inputs, output):
+        shapes[module] = (inputs[0].shape, output.shape)
+
+    hooks = [network.block(block.path).register_forward_hook(note) for block in architecture.blocks]
+    network(torch.rand(2, *architecture.input_size, dtype=torch.float64))
+    for hook in hooks:
+        hook.remove()
+    for block in architecture.blocks:
+        read, written = shapes[network.block(block.path)]
+        assert (block.channels.input, block.channels.output) == (read[1], written[1])
+        assert block.resolution == tuple(written[2:])
+
+
+def test_shapes_and_multiply_adds_follow_a_layer_of_another_shape():
+    """Behind the pool layer2.1 works at 8 x 8: 1x1 128 -> 32, 5x5 32 -> 48 at 4 x 4, 4x4 48 -> 128 transposed."""
+    network = surgery.convert(timm.create_model("resnext20_4x4d").double().eval(), Wider(), input_size=32)
+    check_figures(network)
+    block = network.meta["architecture"].block("layer2.1")
+    assert block.resolution == (8, 8)
+    assert block.macs == 8 * 8 * 128 * 32 + 4 * 4 * 48 * 32 * 25 + 4 * 4 * 48 * 128 * 16
+    plan = surgery.plan(network)
+    assert plan.before.macs == surgery.cost(network).macs
+    assert plan.after.macs == surgery.cost(surgery.prune(network, plan)).macs == plan.before.macs - 8 * 256
+
+
+CUTS = {
+    "keep": lambda rewriter: rewriter.keep(rewriter.architecture.block("layer2.0"), branches=[1, 3]),
+    "narrow": lambda rewriter: rewriter.narrow("layer2.1.conv1", inputs=[0, 5], outputs=list(range(8))),
+    "bypass": lambda rewriter: rewriter.bypass(rewriter.architecture.block("layer2.0")),
+    "scale": lambda rewriter: rewriter.scale({"layer2.0.conv3": 100, "conv1": [3, 5]}),
+    "classes": lambda rewriter: rewriter.keep_classes([3]),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_shapes_and_multiply_adds_follow_every_cut(cut):
+    network = small("resnext20_4x4d")
+    rewriter = Rewriter(network, "test")
+    CUTS[cut](rewriter)
+    blocks = rewriter.architecture.blocks
+    rewriter.finish()
+    assert network.meta["architecture"].blocks == blocks
+    check_figures(network)
+
+
+def test_a_fed_value_has_its_shape_and_other_values_have_none():
+    network = small()
+    rewriter = Rewriter(network, "test")
+    block = rewriter.architecture.block("layer2.0")
+    halves = rewriter.compute(Halves(), rewriter.call_of("conv1"), at=None, role="halves")
+    place = rewriter.feed(rewriter.compute(Second(), halves, at=None, role="second"), into=block)
+    rewriter.insert(Shift(), block.body, place, at=block, role="shift")
+    rewriter.finish()
+    root = {node.name: node for node in network.graph.nodes}
+    assert SIZE not in root[halves].meta
+    assert root["test_second"].meta[SIZE] == (2, 8, 32, 32)
+    fed = next(node for node in network.block("layer2.0").graph.nodes if node.name == place)
+    assert fed.meta[SIZE] == (2, 8, 32, 32)
+
+
+class Pack(nn.Module):
+    def forward(self, body, shortcut):
+        return torch.cat([body, shortcut], 1)
+
+
+def test_a_block_may_be_cut_before_what_it_reads_is_rewired():
+    """Behind a block that returns its two sides, the next one reads twice the channels, of which it keeps every one."""
+    network = small()
+    rewriter = Rewriter(network, "test")
+    first, second = (rewriter.architecture.block(f"layer1.{i}") for i in range(2))
+    rewriter.returns(rewriter.compute(Pack(), first.body, first.shortcut, at=first, role="pack"), at=first)
+    rewriter.replace(second.split, nn.Conv2d(128, 16, 1))
+    rewriter.insert(nn.Conv2d(128, 64, 1), second.input, at=second, role="fit", users=[second.join])
+    cut = rewriter.keep(rewriter.architecture.block(second.path), branches=range(4))
+    assert (cut.channels.hidden, cut.cardinality) == (4, 4)
+    rewriter.finish()
+    check_figures(network)
+    assert network.meta["architecture"].block(second.path).channels.input == 128
+
+
+class ReadsNumbers(nn.Module):
+    def forward(self, x):
+        return x if x.max() > 0 else -x
+
+
+def test_an_inserted_module_that_reads_numbers_is_refused_with_its_place():
+    rewriter = Rewriter(small(), "test")
+    block = rewriter.architecture.block("layer1.1")
+    rewriter.insert(ReadsNumbers(), block.body, at=block, role="sign")
+    with pytest.raises(RewriteError, match=r"^layer1\.1\.test_sign: cannot run on meta tensors in eval mode"):
+        rewriter.finish()
+
+
+def test_a_layer_that_does_not_fit_what_it_reads_is_refused_with_its_place():
+    rewriter = Rewriter(small(), "test")
+    rewriter.replace("layer1.1.conv2", nn.Conv2d(16, 17, 3, padding=1))
+    with pytest.raises(RewriteError, match=r"^layer1\.1\.conv3: cannot run on meta tensors"):
+        rewriter.finish()
+
+
+def test_a_layer_of_the_source_may_read_numbers():
+    source = timm.create_model("resnet20").double().eval()
+    source.layer1[1].act3 = ReadsNumbers()
+    network = rebuilt(source)
+    rewriter = Rewriter(network, "test")
+    block = rewriter.architecture.block("layer1.1")
+    rewriter.insert(nn.Conv2d(64, 64, 1), block.body, at=block, role="mix")
+    rewriter.keep(block, branches=range(8))
+    check_figures(rewriter.finish())
+
+
+# replicate
+
+
+def test_copies_with_views_of_their_own_say_what_they_read_and_cost():
+    network = small("resnext11_4x4d")
+    alone = surgery.cost(network).macs
+    rewriter = Rewriter(network, "test")
+    rewriter.replicate(2, Mean(), Halves())
+    rewriter.finish()
+    assert network.meta["architecture"].input_size == (6, 32, 32)
+    assert network.meta["architecture"].macs == surgery.cost(network).macs == 2 * alone
+    members = [node for node in network.graph.nodes if str(node.target).startswith("members.")]
+    assert [node.meta[MACS] for node in members] == [alone, alone]
+
+
+def test_a_split_that_gives_the_copies_other_images_is_refused():
+    with pytest.raises(
+        RewriteError, match=r"replicate: Halves returned .* for one view and .* for 3, expected 3 images"
+    ):
+        Rewriter(small(), "test").replicate(3, Mean(), Halves())
+
+
+def test_what_was_edited_before_is_in_the_copies_and_in_what_they_cost():
+    network = small("resnext11_4x4d")
+    rewriter = Rewriter(network, "test")
+    block = rewriter.architecture.block("layer2.0")
+    rewriter.insert(nn.Conv2d(128, 128, 3, padding=1), block.body, at=block, role="mix")
+    rewriter.replicate(3, Mean())
+    rewriter.finish()
+    assert network.meta["architecture"].macs == surgery.cost(network).macs
+
+
+def test_several_copies_have_no_one_classifier():
+    network = small("resnext11_4x4d")
+    assert network.get_classifier() is network.fc
+    rewriter = Rewriter(network, "test")
+    rewriter.replicate(2, Mean())
+    rewriter.finish()
+    with pytest.raises(NotKept, match="get_classifier: found a classifier in each copy of the network, expected one"):
+        network.get_classifier()
+    with pytest.raises(NotKept, match="reset_classifier: found a classifier in each copy of the network"):
+        network.reset_classifier(5)

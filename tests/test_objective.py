@@ -170,7 +170,9 @@ def test_term_that_is_no_scalar_is_refused(monkeypatch):
 
 
 def test_unconverted_models_are_refused():
-    with pytest.raises(UnsupportedModel, match="expected a converted network, found CifarResNet; call surgery.convert"):
+    with pytest.raises(
+        UnsupportedModel, match=r"expected a converted network, found CifarResNet; call surgery\.convert"
+    ):
         surgery.Objective(RESNEXT(), nn.CrossEntropyLoss())
 
 

@@ -8,10 +8,10 @@ from importlib import metadata
 from typing import ClassVar
 
 import pytest
-import surgery_coded
 
 import surgery
 import surgery.testing
+import surgery_coded
 from surgery import plugins
 from surgery.errors import PluginError
 from surgery.plugins import Provider, hookimpl
@@ -143,8 +143,8 @@ def test_two_packages_of_one_name_are_an_error_that_names_both(monkeypatch):
     second = package(Second, name="b", distribution="second-toys", version="2.5")
     installed(monkeypatch, second, first)
     expected = (
-        r"the method 'toy' is provided by first-toys 1\.0 and by second-toys 2\.5; uninstall one of them, or block it with "
-        r"SURGERY_BLOCK_PLUGINS=b"
+        r"the method 'toy' is provided by first-toys 1\.0 and by second-toys 2\.5; uninstall one of them, or block it "
+        r"with SURGERY_BLOCK_PLUGINS=b"
     )
     with pytest.raises(PluginError, match=expected):
         surgery.methods()

@@ -45,8 +45,10 @@ def public_objects() -> dict[str, object]:
     """Return every public class and function of the core and the plugins, methods of classes among them, by name."""
     found: dict[str, object] = {}
     modules = [surgery, *(importlib.import_module(name) for name in PACKAGES)]
-    for package in list(modules):
-        modules += [importlib.import_module(m.name) for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+    for parent in list(modules):
+        modules += [
+            importlib.import_module(m.name) for m in pkgutil.walk_packages(parent.__path__, f"{parent.__name__}.")
+        ]
     for module in modules:
         for name, value in vars(module).items():
             if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
@@ -55,7 +57,9 @@ def public_objects() -> dict[str, object]:
                 found[f"{module.__name__}.{name}"] = value
             if inspect.isclass(value):
                 for key, member in vars(value).items():
-                    if not key.startswith("_") and inspect.isfunction(inspect.unwrap(getattr(member, "fget", None) or member)):
+                    if not key.startswith("_") and inspect.isfunction(
+                        inspect.unwrap(getattr(member, "fget", None) or member)
+                    ):
                         found[f"{module.__name__}.{name}.{key}"] = member
     return found
 
@@ -86,7 +90,18 @@ def test_all_equals_the_exports():
 
 def test_the_calls_of_the_design_are_public():
     wanted = {
-        *("inspect", "convert", "Objective", "param_groups", "record", "plan", "prune", "recalibrate_bn", "cost", "save"),
+        *(
+            "inspect",
+            "convert",
+            "Objective",
+            "param_groups",
+            "record",
+            "plan",
+            "prune",
+            "recalibrate_bn",
+            "cost",
+            "save",
+        ),
         *("load", "methods", "hookimpl", "Method"),
     }
     assert wanted <= set(dir(surgery))
@@ -105,7 +120,9 @@ def test_every_public_name_has_a_docstring_in_google_style():
             problems.append(f"{name}: the first line is no sentence: {first!r}")
         if re.search(r"^\s*(:param|:return|Parameters\n\s*-{3,})", text, re.MULTILINE):
             problems.append(f"{name}: not in Google style")
-        problems += [f"{name}: describes {argument!r}, which is no parameter" for argument in unknown_arguments(value, text)]
+        problems += [
+            f"{name}: describes {argument!r}, which is no parameter" for argument in unknown_arguments(value, text)
+        ]
     assert not problems, "\n".join(problems)
 
 
@@ -124,7 +141,7 @@ def test_dataclasses_describe_their_fields_and_no_others():
     for name, value in public_objects().items():
         if not inspect.isclass(value) or not dataclasses.is_dataclass(value):
             continue
-        fields = {field.name for field in dataclasses.fields(value)}
+        fields = {field.name for field in dataclasses.fields(value) if not field.name.startswith("_")}
         section = ATTRIBUTES.search(inspect.cleandoc(own_docstring(value)))
         described = set(re.findall(r"^    (\w+):", section["lines"], re.MULTILINE)) if section else set()
         known = {*fields, *vars(value), *(key for cls in value.__mro__ for key in vars(cls).get("__annotations__", {}))}
@@ -147,7 +164,9 @@ def test_every_hook_is_documented_with_its_arguments():
     for name, hook in hooks.items():
         arguments = [argument for argument in inspect.signature(hook).parameters if argument != "self"]
         assert own_docstring(hook), name
-        assert re.search(rf"def {name}\({', *'.join(arguments)}\)", readme), f"README shows no {name}({', '.join(arguments)})"
+        assert re.search(rf"def {name}\({', *'.join(arguments)}\)", readme), (
+            f"README shows no {name}({', '.join(arguments)})"
+        )
 
 
 def test_errors_are_children_of_one_and_say_when_they_are_raised():
@@ -164,7 +183,7 @@ def test_errors_are_children_of_one_and_say_when_they_are_raised():
 
 @pytest.mark.parametrize("path", CORE, ids=named)
 def test_core_contains_no_name_of_a_method(path):
-    """Neither as a word of code or text, nor as a part of an identifier; the word may begin another, as in `encoded`."""
+    """Neither as a word of code or text, nor as a part of an identifier; within a word, as in `encoded`, it may be."""
     names = sorted({*METHODS, *PLANNED})
     text = path.read_text(encoding="utf-8")
     found = re.findall(rf"(?<![a-z])(?:{'|'.join(names)})(?![a-z])", text, re.IGNORECASE)
@@ -258,7 +277,7 @@ def tracked() -> list[Path]:
     folders = ["surgery", "plugins", "examples", "benchmarks", "tests"]
     kinds = {".py", ".md", ".toml", ".txt", ".yaml"}
     inside = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in kinds]
-    beside = [path for path in ROOT.iterdir() if path.is_file() and path.suffix in kinds or path.name == "Makefile"]
+    beside = [path for path in ROOT.iterdir() if (path.is_file() and path.suffix in kinds) or path.name == "Makefile"]
     return sorted(path for path in [*inside, *beside] if "__pycache__" not in path.parts)
 
 

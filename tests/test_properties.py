@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
-import surgery_coded
 import torch
 from hypothesis import example, find, given, settings
 from torch import nn
 
 import surgery
+import surgery_coded
 from surgery import Cut, Method, PrunePlan
 from surgery.conversion import prepare
 from surgery.testing import ResidualSpec, residual_networks
@@ -71,7 +71,9 @@ def test_recognition_tracing_gates_and_files_hold_for_every_residual_network(spe
     found = surgery.inspect(model, SIZE)
     assert tuple(block.path for block in found.blocks) == spec.block_paths
     assert all(block.is_residual for block in found.blocks)
-    assert [block.cardinality for block in found.blocks] == [spec.cardinality(int(p.split(".")[1])) for p in spec.block_paths]
+    assert [block.cardinality for block in found.blocks] == [
+        spec.cardinality(int(p.split(".")[1])) for p in spec.block_paths
+    ]
     assert found.refusals == ()
 
     # Traced equals eager in both modes; statistics move in train mode alone, and to the same values.

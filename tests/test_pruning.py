@@ -14,7 +14,7 @@ import surgery
 from surgery import Cut, PrunePlan
 from surgery.cost import cost
 from surgery.errors import InvalidOption, PruneError, SurgeryError, UnsupportedModel
-from surgery.pruning import Figures
+from surgery.figures import Figures
 from surgery.testing import ResidualSpec, tiny_networks
 from tests.toys import Toy, installed, package
 
@@ -225,7 +225,7 @@ def test_plan_of_a_method_that_did_not_convert_the_network_is_refused():
 
 
 def test_bypassing_a_body_leaves_the_shortcut(monkeypatch):
-    """Without its body a block is the activation of its projection; its convolutions are gone from state and figures."""
+    """Without its body a block is the activation of its projection; its convolutions are gone."""
     installed(monkeypatch, package(Toy))
     model = surgery.convert(ONE_BLOCK.build(), "toy", input_size=8)
     plan = surgery.plan(model)
@@ -235,9 +235,7 @@ def test_bypassing_a_body_leaves_the_shortcut(monkeypatch):
     pruned = surgery.prune(model, plan).eval()
     block, x = ONE_BLOCK.build().eval().stages[0][0], torch.randn(2, 16, 8, 8)
     assert torch.equal(pruned.block("stages.0.0")(x), block.act(block.shortcut(x)))
-    assert list(pruned.block("stages.0.0").state_dict()) == list(
-        f"shortcut.{name}" for name in block.shortcut.state_dict()
-    )
+    assert list(pruned.block("stages.0.0").state_dict()) == [f"shortcut.{name}" for name in block.shortcut.state_dict()]
 
 
 def test_pruned_network_keeps_mode_dtype_and_api():

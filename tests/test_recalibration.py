@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import surgery
 from surgery.errors import InvalidOption
+from surgery.taps import Tap
 from surgery.testing import tiny_networks
 
 RESNEXT = tiny_networks()["resnext"]
@@ -96,3 +100,46 @@ def test_an_error_of_the_model_leaves_modes_and_momentum_as_they_were():
         surgery.recalibrate_bn(model, [constant(1.0)])
     assert model.training
     assert model[0].momentum == 0.1
+
+
+class Shortcut(nn.Module):
+    """Two norms, of which one runs, and a tap."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.idle = nn.BatchNorm2d(1), nn.BatchNorm2d(1)
+        self.tap = Tap("seen")
+
+    def forward(self, x):
+        return self.tap(self.used(x))
+
+
+@pytest.mark.parametrize("batches", [[constant(3.0)], [torch.zeros(1, 7, 1, 1)]], ids=["works", "fails"])
+def test_a_norm_that_no_batch_reaches_keeps_its_statistics(batches):
+    model = Shortcut()
+    surgery.recalibrate_bn(model, [constant(1.0), constant(2.0)])
+    model.idle.running_mean.fill_(7.0)
+    model.idle.num_batches_tracked.fill_(5)
+    before = copy.deepcopy(model.idle.state_dict())
+    with contextlib.suppress(RuntimeError, ValueError):
+        surgery.recalibrate_bn(model, batches)
+    assert all(torch.equal(value, before[key]) for key, value in model.idle.state_dict().items())
+
+
+def test_an_error_before_the_first_batch_is_through_leaves_the_statistics_as_they_were():
+    model = Shortcut()
+    model.used.running_mean.fill_(7.0)
+    with pytest.raises(RuntimeError):
+        surgery.recalibrate_bn(model, [torch.zeros(2, 7, 1, 1)])
+    assert torch.equal(model.used.running_mean, torch.tensor([7.0]))
+
+
+def test_taps_keep_what_they_recorded():
+    """Inside `record` the tap shows the value of the user's forward, not that of the last batch."""
+    model = Shortcut().eval()
+    with surgery.record(model) as taps:
+        expected = model(constant(4.0))
+        surgery.recalibrate_bn(model, [constant(9.0)])
+        assert taps["seen"] is expected
+        again = model(constant(4.0))
+    assert taps["seen"] is again

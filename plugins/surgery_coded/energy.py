@@ -233,7 +233,7 @@ class _PointwiseJoin(torch.autograd.Function):
         )
         columns = branch_columns(hidden, gain.shape[1])
         x_columns = branch_columns(x_grad, gain.shape[1])
-        scale_grad = ((x_columns * columns).sum(dim=(2, 3)) * gain).sum(dim=1)
+        scale_grad = (_products(x_columns, columns) * gain).sum(dim=1)
         slope = _energy_slope(grad_energies, scale_grad, energies, scale, ctx.total) * active
         slope = (slope * (2.0 / (weight.shape[0] * columns.shape[3])))[:, :, None, None]
         if ctx.needs_input_grad[1]:
@@ -241,13 +241,17 @@ class _PointwiseJoin(torch.autograd.Function):
             weight_grad = _add_energy_gradient(weight_grad, weight, moments)
         hidden_grad = None
         if ctx.needs_input_grad[0]:
-            pulled = torch.baddbmm(
-                (x_columns * factors[:, :, None, None]).flatten(0, 1),
-                (slope * grams).flatten(0, 1),
-                columns.flatten(0, 1),
-            )
+            # In place: the gradient of x is ours, and on a CPU a fresh tensor of that size costs more than the product.
+            pulled = x_columns.mul_(factors[:, :, None, None]).flatten(0, 1)
+            pulled.baddbmm_((slope * grams).flatten(0, 1), columns.flatten(0, 1))
             hidden_grad = pulled.view(hidden.shape).to(hidden.dtype)
         return hidden_grad, weight_grad, bias_grad, None, None, None
+
+
+def _products(first: Tensor, second: Tensor) -> Tensor:
+    # (B, N, P, L) twice to the inner products (B, N), without the elementwise product.
+    rows, columns = first.flatten(2).unsqueeze(2), second.flatten(2).unsqueeze(3)
+    return torch.matmul(rows, columns).flatten(1)
 
 
 def _energy_slope(grad_energies: Tensor, scale_grad: Tensor, energies: Tensor, scale: Tensor, total: int) -> Tensor:

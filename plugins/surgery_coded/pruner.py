@@ -29,6 +29,12 @@ def plan_classes(model: ConvertedNetwork, classes: Sequence[int]) -> PrunePlan:
         )
     cuts = []
     for block, module in coded_blocks(model):
+        if module.codewords.shape[0] != count:
+            raise InvalidOption(
+                f"coded: the network has {count} outputs, its schemes {module.codewords.shape[0]} classes; reset "
+                "the classifier "
+                "of the unconverted network and convert that one"
+            )
         keep = tuple(active_branches(module, classes))
         reason = f"codeword of class {classes[0]}" if len(classes) == 1 else f"codewords of {len(classes)} classes"
         cuts.append(Cut("branches", block.path, keep, module.branches, reason))

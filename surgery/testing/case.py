@@ -125,7 +125,10 @@ def require_close(found: Tensor, expected: Tensor, what: str, *, rtol: float) ->
         fail(f"{what}: found shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
     worst = (found - expected).abs().max().item()
     scale = expected.abs().max().item()
-    require(worst <= rtol * scale, f"{what}: values of up to {scale:.3g} differ by up to {worst:.3g}, expected {rtol:g} of it")
+    require(
+        worst <= rtol * scale,
+        f"{what}: values of up to {scale:.3g} differ by up to {worst:.3g}, expected {rtol:g} of it",
+    )
 
 
 def evaluate(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
@@ -140,8 +143,8 @@ def evaluate(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     return output
 
 
-def training_loss(model: nn.Module, images: Tensor, target: Tensor, progress: float | None = None) -> Tensor:
-    """Return the total loss of one training forward, with cross entropy as the task."""
+def training_loss(model: Any, images: Tensor, target: Tensor, progress: float | None = None) -> Tensor:
+    """Return the total loss of one training forward of a model, wrapped or not, with cross entropy as the task."""
     model.train()
     objective = surgery.Objective(model, nn.CrossEntropyLoss())
     loss: Tensor = objective(model(images), target, progress)

@@ -87,7 +87,8 @@ def check_method(
 
     Args:
         method: Name of an installed method, a spec such as `"mine{rate=0.5}"`, or an instance.
-        networks: Name -> function without arguments that builds a network, the same each time. Default: `tiny_networks()`.
+        networks: Name -> function without arguments that builds a network, the same each time. Default:
+            `tiny_networks()`.
         criteria: What pruning is asked for. Default: none; a method that needs some is then not checked for pruning.
         muted: Called with the full network and `criteria`; returns a function of images that computes what the pruned
             network should, with the removed parts switched off instead of cut out.
@@ -118,7 +119,9 @@ def check_method(
         report.held[network] = tuple(name for name, reason in found.items() if not reason)
         report.passed_over[network] = {name: reason for name, reason in found.items() if reason}
     if not report.held:
-        raise ConformanceError(f"converts: {instance.name} refused every network: {report.refused}; pass networks= it can use")
+        raise ConformanceError(
+            f"converts: {instance.name} refused every network: {report.refused}; pass networks= it can use"
+        )
     return report
 
 
@@ -136,7 +139,9 @@ def _refusal(case: Case) -> str:
         case.converted()
     except NothingConverted as error:
         if not error.refusals:
-            raise ConformanceError(f"converts: {_where(case)}: refused without a reason; give one Refusal per place") from error
+            raise ConformanceError(
+                f"converts: {_where(case)}: refused without a reason; give one Refusal per place"
+            ) from error
         return str(error.refusals[0])
     except Exception as error:
         raise ConformanceError(f"converts: {_where(case)}: {type(error).__name__}: {error}") from error

@@ -27,7 +27,7 @@ def installed(case: Case) -> None:
     name = type(case.method).__name__
     require(
         found is type(case.method),
-        f"surgery.methods() holds {found} under this name, expected {name}; add the entry point to your pyproject.toml and "
+        f"surgery.methods() holds {found} under this name, expected {name}; add the entry point to pyproject.toml and "
         "install the package, as with pip install -e .",
     )
 
@@ -40,7 +40,10 @@ def options(case: Case) -> None:
     require(again == written, f"from_options(options()) has the options {again}, expected {written}")
     for field in dataclasses.fields(case.method):
         kept, found = getattr(case.method, field.name), getattr(twin, field.name)
-        require(found == kept or not _is_json(kept), f"from_options(options()) has {field.name}={found!r}, expected {kept!r}")
+        require(
+            found == kept or not _is_json(kept),
+            f"from_options(options()) has {field.name}={found!r}, expected {kept!r}",
+        )
 
 
 def original_untouched(case: Case) -> None:
@@ -54,7 +57,7 @@ def original_untouched(case: Case) -> None:
     before = _snapshot(source)
     converted = case.convert(source)
     _compare_snapshots(before, _snapshot(source), "after conversion")
-    training_loss(converted, case.images(), case.target()).backward()  # type: ignore[no-untyped-call]
+    training_loss(converted, case.images(), case.target()).backward()
     with torch.no_grad():
         for parameter in converted.parameters():
             parameter.add_(1.0)
@@ -92,7 +95,9 @@ def source_weights_load(case: Case) -> None:
     weights = {key: _changed(value) for key, value in case.build().state_dict().items()}
     converted = case.converted()
     missing, unexpected = converted.load_state_dict(weights, strict=False)
-    require(not unexpected, f"the source checkpoint has keys that the converted network does not know: {unexpected[:3]}")
+    require(
+        not unexpected, f"the source checkpoint has keys that the converted network does not know: {unexpected[:3]}"
+    )
     lost = [key for key in missing if key in weights]
     require(not lost, f"the source checkpoint holds {lost[:3]}, but they were not loaded")
     state = converted.state_dict()
@@ -114,7 +119,10 @@ def unsupported_refused(case: Case) -> None:
     try:
         case.convert(plain_chain())
     except NothingConverted as error:
-        require(bool(error.refusals), "a plain chain was refused without a reason, expected NothingConverted(headline, refusals)")
+        require(
+            bool(error.refusals),
+            "a plain chain was refused without a reason, expected NothingConverted(headline, refusals)",
+        )
         silent = [refusal for refusal in error.refusals if not refusal.path or not refusal.reason]
         require(not silent, f"a plain chain was refused with an empty reason: {silent[:1]}")
     else:
@@ -137,12 +145,14 @@ def record(case: Case) -> None:
     """The record survives JSON."""
     text = case.record().to_json()
     again = Conversion.from_json(text)
-    require(again.to_json() == text, "the record read back from JSON differs; options and decisions must be JSON values")
+    require(
+        again.to_json() == text, "the record read back from JSON differs; options and decisions must be JSON values"
+    )
     require(bool(case.record().operations[-1].sites), "the record names no site, expected one for every change")
 
 
 def replays(case: Case) -> None:
-    """The record alone rebuilds the network, whatever the state of the random generators: a choice goes through `decide`."""
+    """The record alone rebuilds the network under any random state: every choice goes through `decide`."""
     model = case.converted()
     operation = Conversion.from_json(case.record().to_json()).operations[-1]
     for seed in range(1, 5):
@@ -150,9 +160,14 @@ def replays(case: Case) -> None:
             method = type(case.method).from_options(operation.options)
             network = prepare(case.build(), method, operation.input_size)
             twin = apply_method(network, method, decisions=dict(operation.decisions), size=operation.input_size)
-        require(_structure(twin) == _structure(model), f"rebuilt with the random seed {seed}, the network has other graphs or modules")
+        require(
+            _structure(twin) == _structure(model),
+            f"rebuilt with the random seed {seed}, the network has other graphs or modules",
+        )
         twin.load_state_dict(model.state_dict())
-        require_equal(evaluate(twin, case.images()), evaluate(model, case.images()), f"output rebuilt with the random seed {seed}")
+        require_equal(
+            evaluate(twin, case.images()), evaluate(model, case.images()), f"output rebuilt with the random seed {seed}"
+        )
 
 
 def saves_and_loads(case: Case) -> None:

@@ -1,4 +1,4 @@
-"""Small networks to try a method on: the families of torchvision and timm in sizes that run in milliseconds at 32 px."""
+"""Small networks to try a method on: the families of torchvision and timm in sizes that run in milliseconds."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ Build = Callable[[], nn.Module]
 
 CLASSES = 10
 """Number of classes of every network here."""
+_RANGES = {"weight": (0.5, 1.5), "bias": (-0.2, 0.2), "running_mean": (-0.2, 0.2), "running_var": (0.5, 1.5)}
 
 
 def tiny_networks() -> Mapping[str, Build]:
     """Return builders of small networks by name: ResNeXt, MobileNetV2 and WideResNet, each by torchvision and by timm.
 
-    Every builder returns the same weights each time, in which every norm has its own scale, shift and statistics, so that
-    no block is the identity and no two channels are alike. The default input is 32 x 32.
+    Every builder returns the same weights each time, in which every norm has its own scale, shift and statistics, so
+    that no block is the identity and no two channels are alike. They are made for images of 32 x 32.
     """
     builders: dict[str, Build] = {
         "resnext": partial(_cifar, resnext(8, 2, depth=11, base=8)),
@@ -45,24 +46,28 @@ def plain_chain() -> nn.Module:
     """Return a small VGG: convolutions one after the other, no addition and no branch anywhere."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 8), (8, 16), (16, 16)):
-        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+        layers += [
+            nn.Conv2d(inputs, outputs, 3, padding=1),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+        ]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, CLASSES))
 
 
 def unsettle(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give every norm of `model` scales, shifts and statistics of its own, in place, and return the model.
 
-    A freshly built network hides mistakes: norms that start at zero make a block the identity, and equal statistics make
-    it unimportant which of them a channel gets.
+    A freshly built network hides mistakes: norms that start at zero make a block the identity, and equal statistics
+    make it unimportant which of them a channel gets.
     """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm | nn.LayerNorm):
-            for name, low, high in (("weight", 0.5, 1.5), ("bias", -0.2, 0.2), ("running_mean", -0.2, 0.2), ("running_var", 0.5, 1.5)):
+            for name, (low, high) in _RANGES.items():
                 tensor = getattr(module, name, None)
                 if tensor is not None:
-                    values = low + (high - low) * torch.rand(tensor.shape, generator=generator)
-                    tensor.data.copy_(values)
+                    tensor.data.copy_(low + (high - low) * torch.rand(tensor.shape, generator=generator))
     return model
 
 
@@ -85,7 +90,7 @@ def _torchvision_resnet(groups: int, width_per_group: int) -> nn.Module:
 
 def _timm_resnet(cardinality: int, base_width: int) -> nn.Module:
     return timm_resnet.ResNet(
-        timm_resnet.Bottleneck,
+        timm_resnet.Bottleneck,  # type: ignore[arg-type]  # annotated as an instance, called as a class
         layers=(1, 1, 1, 1),
         channels=(16, 32, 64, 128),
         num_classes=CLASSES,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -37,11 +38,21 @@ def pruned_smaller(case: Case) -> None:
     pruned = surgery.prune(model, twin)
     require_equal(evaluate(model, case.images()), before, "output of the full network after pruning a copy")
     params = sum(parameter.numel() for parameter in pruned.parameters())
-    require(params == decided.after.params, f"the plan expects {decided.after.params} parameters, the pruned network has {params}")
+    require(
+        params == decided.after.params,
+        f"the plan expects {decided.after.params} parameters, the pruned network has {params}",
+    )
     macs = cost(pruned).macs
-    require(macs == decided.after.macs, f"the plan expects {decided.after.macs} multiply-adds, the pruned network needs {macs}")
-    require(params < decided.before.params, f"pruning left all {params} parameters; choose criteria= that remove something")
-    require(macs < decided.before.macs, f"pruning left all {macs} multiply-adds; choose criteria= that remove something")
+    require(
+        macs == decided.after.macs,
+        f"the plan expects {decided.after.macs} multiply-adds, the pruned network needs {macs}",
+    )
+    require(
+        params < decided.before.params, f"pruning left all {params} parameters; choose criteria= that remove something"
+    )
+    require(
+        macs < decided.before.macs, f"pruning left all {macs} multiply-adds; choose criteria= that remove something"
+    )
     require(bool(evaluate(pruned, case.images()).isfinite().all()), "the output of the pruned network is not finite")
 
 
@@ -73,7 +84,12 @@ def exports(case: Case) -> None:
     """`torch.export` captures the network in eval mode, full and pruned, and the program computes the same."""
     for name, model in _variants(case).items():
         program = torch.export.export(model, (case.images(),)).module()
-        require_close(evaluate(program.forward, case.images()), evaluate(model, case.images()), f"exported {name} network", rtol=1e-5)
+        require_close(
+            evaluate(program.forward, case.images()),
+            evaluate(model, case.images()),
+            f"exported {name} network",
+            rtol=1e-5,
+        )
 
 
 def exports_to_onnx(case: Case) -> None:
@@ -92,8 +108,6 @@ def exports_to_onnx(case: Case) -> None:
 def _variants(case: Case) -> dict[str, nn.Module]:
     model: ConvertedNetwork = case.converted().eval()
     variants: dict[str, nn.Module] = {"full": model}
-    try:
+    with suppress(NotApplicable):
         variants["pruned"] = surgery.prune(model, case.plan(model)).eval()
-    except NotApplicable:
-        pass
     return variants

@@ -30,8 +30,8 @@ class ResidualSpec:
         width: Channels of one group in the first stage; doubles per stage.
         preactivation: Whether norm and activation stand before each convolution instead of behind it.
         attention: Squeeze-excite before the last convolution ("inside"), after the body ("behind"), or none.
-        projection: Shortcut of a block that changes shape: strided 1x1 convolution, pooled 1x1 convolution, or pooling and
-            zero channels.
+        projection: Shortcut of a block that changes shape: strided 1x1 convolution, pooled 1x1 convolution, or pooling
+            and zero channels.
         inplace: Whether activations write to their input.
     """
 

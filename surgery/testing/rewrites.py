@@ -51,10 +51,16 @@ def assert_rewrites(
         "removed": (len(before.keys() - after.keys()), removed),
         "replaced": (stamped, replaced),
     }
-    wrong = [f"{found} nodes {kind}, expected {wanted}" for kind, (found, wanted) in counts.items() if wanted not in (None, found)]
+    wrong = [
+        f"{found} nodes {kind}, expected {wanted}"
+        for kind, (found, wanted) in counts.items()
+        if wanted not in (None, found)
+    ]
     text = show(converted, network)
     if expected is not None and textwrap.dedent(expected).strip() != text.strip():
-        lines = difflib.unified_diff(textwrap.dedent(expected).strip().splitlines(), text.splitlines(), "expected", "found", lineterm="")
+        lines = difflib.unified_diff(
+            textwrap.dedent(expected).strip().splitlines(), text.splitlines(), "expected", "found", lineterm=""
+        )
         wrong.append("the text differs:\n" + "\n".join(lines))
     if wrong:
         raise ConformanceError(f"rewrites: {instance.name} on {type(network).__name__}: " + "; ".join(wrong))

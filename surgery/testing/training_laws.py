@@ -8,12 +8,23 @@ from contextlib import contextmanager
 
 import torch
 from torch import distributed, nn
+from torch._C._distributed_c10d import HashStore
 from torch.nn.parallel import DistributedDataParallel
 
 import surgery
 from surgery.errors import TapNotFilled
 from surgery.taps import taps_of
-from surgery.testing.case import Case, NotApplicable, evaluate, fail, require, require_close, require_equal, seeded, training_loss
+from surgery.testing.case import (
+    Case,
+    NotApplicable,
+    evaluate,
+    fail,
+    require,
+    require_close,
+    require_equal,
+    seeded,
+    training_loss,
+)
 
 
 def modes(case: Case) -> None:
@@ -41,18 +52,26 @@ def losses(case: Case) -> None:
         objective = surgery.Objective(model, nn.CrossEntropyLoss())
         loss = objective(model(case.images()), case.target(), progress)
         for name, term in objective.terms.items():
-            require(math.isfinite(term.item()), f"the term {name!r} is {term.item()} at progress {progress}, expected a finite number")
+            require(
+                math.isfinite(term.item()),
+                f"the term {name!r} is {term.item()} at progress {progress}, expected a finite number",
+            )
         total = sum(term.item() for term in objective.terms.values())
-        require(math.isclose(loss.item(), total, rel_tol=1e-5), f"the loss is {loss.item()}, its terms add up to {total}")
+        require(
+            math.isclose(loss.item(), total, rel_tol=1e-5), f"the loss is {loss.item()}, its terms add up to {total}"
+        )
 
 
 def gradients(case: Case) -> None:
-    """Every trainable parameter takes part in the loss, and some weight of the source gets a gradient that is not zero."""
+    """Every trainable parameter takes part in the loss, and some weight of the source gets a nonzero gradient."""
     model = case.converted()
-    training_loss(model, case.images(), case.target()).backward()  # type: ignore[no-untyped-call]
+    training_loss(model, case.images(), case.target()).backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     unused = [name for name, gradient in found.items() if gradient is None]
-    require(not unused, f"{unused[:3]} got no gradient, so DistributedDataParallel would stop; use every trainable parameter, or freeze it")
+    require(
+        not unused,
+        f"{unused[:3]} got no gradient, so DistributedDataParallel would stop; use every parameter, or freeze it",
+    )
     broken = [name for name, gradient in found.items() if gradient is not None and not gradient.isfinite().all()]
     require(not broken, f"the gradients of {broken[:3]} are not finite")
     reached = [name for name in case.source_keys(model) if name in found and bool(found[name].any())]  # type: ignore[union-attr]
@@ -78,7 +97,7 @@ def taps(case: Case) -> None:
 
 def compiles(case: Case) -> None:
     """The network runs under `torch.compile`, in eval mode and with the loss, and computes the same."""
-    torch._dynamo.reset()  # type: ignore[no-untyped-call]
+    torch._dynamo.reset()
     model = case.converted()
     compiled = torch.compile(model, backend="eager")
     with seeded(0):
@@ -109,7 +128,7 @@ def distributes(case: Case) -> None:
 
 def _step(model: nn.Module, case: Case) -> float:
     loss = training_loss(model, case.images(), case.target())
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.grad is not None:
@@ -123,7 +142,7 @@ def _process_group() -> Iterator[None]:
     if distributed.is_initialized():
         yield
         return
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.plugins.coded.oracle import branch_outputs, energy
 
 from surgery_coded.energy import branch_energies, normalize
+from tests.plugins.coded.oracle import branch_outputs, energy
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-14}
 GEOMETRIES = [

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.plugins.coded.oracle import coding_loss as literal_loss
 
 from surgery.errors import InvalidOption
 from surgery_coded.loss import coding_loss, decode, target_codewords
+from tests.plugins.coded.oracle import coding_loss as literal_loss
 
 WORDS = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [1, 0, 1, 0]], dtype=torch.bool)
 

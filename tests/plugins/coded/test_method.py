@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import surgery
-from tests.plugins.coded import oracle
 from surgery.errors import InvalidOption, NothingConverted
 from surgery.models import CifarResNet, resnext
 from surgery.testing import tiny_networks, unsettle
@@ -28,6 +27,7 @@ from surgery_coded import (
 )
 from surgery_coded.modules import BranchDropout, CodedConv2d
 from surgery_coded.pruner import coded_blocks
+from tests.plugins.coded import oracle
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -128,7 +128,9 @@ def test_schemes_that_do_not_fit_are_refused(scheme, message):
 @pytest.mark.parametrize(("classes", "branches"), [(9, 8), (10, 10)])
 def test_scheme_for_another_network_is_refused(classes, branches):
     scheme = CodingScheme.search(classes, branches, 4)
-    expected = rf"stage 'layer3' has 8 branches and the network 10 classes, found a scheme for {classes} classes over {branches}"
+    expected = (
+        rf"has 8 branches and the network 10 classes, found a scheme for {classes} classes over {branches} branches"
+    )
     with pytest.raises(InvalidOption, match=expected):
         surgery.convert(network(), "coded", scheme={"layer3": scheme}, input_size=32)
 
@@ -187,7 +189,7 @@ def literal(
 @pytest.mark.parametrize("dropped", [False, True])
 @pytest.mark.parametrize("name", ["resnext", "torchvision resnext", "timm resnext"])
 def test_whole_network_equals_the_literal_definition(name, dropped, monkeypatch):
-    """Logits, energies, total loss and all gradients, in train mode, with and without a given mask of dropped branches."""
+    """Logits, energies, total loss and all gradients, in train mode, with and without a given mask of branches."""
     model = tiny_networks()[name]().double()
     mu, p = 3.0, 0.25 if dropped else 0.0
     coded = surgery.convert(model, "coded", mu=mu, p_drop=p, input_size=32)
@@ -199,7 +201,7 @@ def test_whole_network_equals_the_literal_definition(name, dropped, monkeypatch)
     labels = torch.tensor([3, 0, 9, 3])
 
     output = coded(images())
-    found_energies = {name: tap for name, tap in surgery.taps.taps_of(coded).items()}
+    found_energies = dict(surgery.taps.taps_of(coded))
     criterion = surgery.Objective(coded, nn.CrossEntropyLoss(label_smoothing=0.1))
     loss = criterion(output, labels)
     loss.backward()
@@ -392,7 +394,7 @@ def test_early_decoding_leaves_no_trace():
 
 
 def test_precision_recall_and_f1_worked_by_hand():
-    """Logits 4, 3, 2, 1, 0 of which 4, 2, 0 are of the class; above 1.5 are 4, 3, 2: two hits of three called, three there.
+    """Logits 4, 3, 2, 1, 0 of which 4, 2, 0 are of the class; above 1.5 are 4, 3, 2: two hits of three called.
 
     Precision 2/3, recall 2/3, F1 = 2 * 2 / (3 + 3) = 2/3.
     """
@@ -408,8 +410,8 @@ def test_precision_recall_and_f1_worked_by_hand():
 def test_threshold_is_the_candidate_with_the_best_f1_worked_by_hand():
     """Negatives 0, 1, 4 (median 1), positives 2, 5, 6 (median 5); five candidates 1, 2, 3, 4, 5.
 
-    Called above 1: 4, 2, 5, 6, so F1 = 2*3/(4+3) = 6/7. Above 2: 4, 5, 6: 2*2/(3+3) = 2/3. Above 3: the same. Above 4: 5, 6:
-    2*2/(2+3) = 4/5. Above 5: 6: 2*1/(1+3) = 1/2. The best is 1.
+    Called above 1: 4, 2, 5, 6, so F1 = 2*3/(4+3) = 6/7. Above 2: 4, 5, 6: 2*2/(3+3) = 2/3. Above 3: the same. Above 4:
+    5, 6: 2*2/(2+3) = 4/5. Above 5: 6: 2*1/(1+3) = 1/2. The best is 1.
     """
     logits = torch.tensor([0.0, 1.0, 4.0, 2.0, 5.0, 6.0])
     positive = torch.tensor([False, False, False, True, True, True])

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from tests.plugins.coded import oracle
 from surgery.errors import InvalidOption, PruneError, UnsupportedModel
 from surgery_coded import energy
 from surgery_coded.loss import coding_loss
 from surgery_coded.modules import BranchDropout, CodedConv2d
+from tests.plugins.coded import oracle
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-13}
 ROOT = Path(__file__).parents[3]
