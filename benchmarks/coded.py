@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -180,11 +179,16 @@ def memory_of(name: str, options: argparse.Namespace) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats()
         step()
         return {"step_mib": torch.cuda.max_memory_allocated() / 2**20}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = resident_peak()
     for _ in range(3):
         step()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"step_mib": after, "before_mib": before}
+    return {"step_mib": resident_peak(), "before_mib": before}
+
+
+def resident_peak() -> float:
+    """Return the peak resident memory of this process in MiB; getrusage would inherit that of the parent."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

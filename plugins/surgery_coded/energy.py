@@ -141,7 +141,8 @@ def gram_energies(columns: Tensor, weights: Tensor, count: int) -> Tensor:
 
     An inner product of positive semidefinite matrices is not negative; rounding can make it so, hence the clamp.
     """
-    return (columns * weights).sum(dim=(2, 3)).div(count).clamp_min(0.0)
+    products = torch.matmul(columns.flatten(2).transpose(0, 1), weights.flatten(1).unsqueeze(2))
+    return products.squeeze(2).t().div(count).clamp_min(0.0)
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
@@ -165,6 +166,7 @@ class _Joined(NamedTuple):
     energies: Tensor  # (B, N), normalized
     scale: Tensor  # (B,)
     grams: Tensor  # (N, P, P), of the weight
+    patch_grams: Tensor  # (B, N, P, P)
 
 
 def _join(
@@ -182,10 +184,11 @@ def _join(
     kernel = (weight.shape[2], weight.shape[3])
     columns = branch_columns(hidden, branches, kernel, stride, padding, dilation)
     grams = weight_grams(weight, branches)
-    raw = gram_energies(column_grams(columns), grams, weight.shape[0] * columns.shape[3])
+    patch_grams = column_grams(columns)
+    raw = gram_energies(patch_grams, grams, weight.shape[0] * columns.shape[3])
     scale, energies = normalize(raw * active, total)
     x = hidden * _channel_factors(gain * scale.unsqueeze(1), hidden)
-    return _Joined(F.conv2d(x, weight, bias, stride, padding, dilation), energies, scale, grams)
+    return _Joined(F.conv2d(x, weight, bias, stride, padding, dilation), energies, scale, grams, patch_grams)
 
 
 def _channel_factors(factors: Tensor, hidden: Tensor) -> Tensor:
@@ -217,27 +220,28 @@ class _PointwiseJoin(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor, active: Tensor, total: int
     ) -> tuple[Tensor, Tensor]:
         joined = _join(hidden, weight, bias, gain, active, total)
-        ctx.save_for_backward(hidden, weight, bias, gain, active, joined.energies, joined.scale, joined.grams)
+        ctx.save_for_backward(hidden, weight, bias, gain, active, *joined[1:])
         ctx.total = total
         return joined.output, joined.energies
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, grad_energies: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, gain, active, energies, scale, grams = ctx.saved_tensors
+        hidden, weight, bias, gain, active, energies, scale, grams, patch_grams = ctx.saved_tensors
         if torch.is_grad_enabled():
             inputs = (hidden, weight, bias, gain, active, ctx.total)
             return _differentiable_backward(inputs, (grad_output, grad_energies), ctx.needs_input_grad[:3])
         factors = gain * scale.unsqueeze(1)
-        x_grad, weight_grad, bias_grad = _convolution_backward(
-            grad_output, hidden * _channel_factors(factors, hidden), weight, bias, ctx.needs_input_grad
-        )
+        x = hidden * _channel_factors(factors, hidden)
+        x_grad, weight_grad, bias_grad = _convolution_backward(grad_output, x, weight, bias, ctx.needs_input_grad)
         columns = branch_columns(hidden, gain.shape[1])
         x_columns = branch_columns(x_grad, gain.shape[1])
-        scale_grad = (_products(x_columns, columns) * gain).sum(dim=1)
+        # x is linear in the scale s, so d loss / d s = <d loss / d x, x> / s: one long product for each sample.
+        scale_grad = torch.linalg.vecdot(x_grad.flatten(1), x.flatten(1)).to(scale.dtype) / scale
         slope = _energy_slope(grad_energies, scale_grad, energies, scale, ctx.total) * active
         slope = (slope * (2.0 / (weight.shape[0] * columns.shape[3])))[:, :, None, None]
         if ctx.needs_input_grad[1]:
-            moments = (column_grams(columns) * slope).sum(dim=0)
+            rows = slope.flatten(1).t().unsqueeze(1)
+            moments = torch.matmul(rows, patch_grams.flatten(2).transpose(0, 1)).view(grams.shape)
             weight_grad = _add_energy_gradient(weight_grad, weight, moments)
         hidden_grad = None
         if ctx.needs_input_grad[0]:
@@ -246,12 +250,6 @@ class _PointwiseJoin(torch.autograd.Function):
             pulled.baddbmm_((slope * grams).flatten(0, 1), columns.flatten(0, 1))
             hidden_grad = pulled.view(hidden.shape).to(hidden.dtype)
         return hidden_grad, weight_grad, bias_grad, None, None, None
-
-
-def _products(first: Tensor, second: Tensor) -> Tensor:
-    # (B, N, P, L) twice to the inner products (B, N), without the elementwise product.
-    rows, columns = first.flatten(2).unsqueeze(2), second.flatten(2).unsqueeze(3)
-    return torch.matmul(rows, columns).flatten(1)
 
 
 def _energy_slope(grad_energies: Tensor, scale_grad: Tensor, energies: Tensor, scale: Tensor, total: int) -> Tensor:
