@@ -1,4 +1,4 @@
-"""CPU seconds of convert and prune beside Torch-Pruning and NVIDIA Model-Optimizer, interleaved in one run.
+"""CPU time of convert, prune and load beside Torch-Pruning and NVIDIA Model-Optimizer, interleaved in one run.
 
 python benchmarks/core.py [--repeats 9]        (needs pip install ".[bench]" for the peers)
 
@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -78,7 +80,8 @@ def main() -> None:
             options, criteria = {"method": Factors()}, {}
         results[name] = measure(model, options, criteria, repeats)
         print(name, {key: round(value["median_ms"]) for key, value in results[name].items()}, flush=True)
-    print(write("core", {"unit": "CPU milliseconds, one thread", "networks": results}))
+    loading = {"resnext50_32x4d": measure_load(scheme, repeats)}
+    print(write("core", {"unit": "CPU milliseconds, one thread", "networks": results, "load": loading}))
 
 
 def measure(model: nn.Module, options: dict[str, Any], criteria: dict[str, Any], repeats: int) -> dict[str, Any]:
@@ -94,6 +97,19 @@ def measure(model: nn.Module, options: dict[str, Any], criteria: dict[str, Any],
     }
     runs |= peers(model)
     return {name: summary(times) for name, times in interleave(runs, repeats=repeats, clock=time.process_time).items()}
+
+
+def measure_load(scheme: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """Time `surgery.load` of the coded ResNeXt-50 and of the one-class network cut out of it."""
+    coded = surgery.convert(torchvision.models.resnext50_32x4d(weights=None), "coded", scheme=scheme)
+    networks = {"coded": coded, "one class": surgery.prune(coded, classes=[0])}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, network in networks.items():
+            surgery.save(network, f"{folder}/{name}.safetensors")
+        runs = {name: partial(surgery.load, f"{folder}/{name}.safetensors") for name in networks}
+        return {
+            name: summary(times) for name, times in interleave(runs, repeats=repeats, clock=time.process_time).items()
+        }
 
 
 def peers(model: nn.Module) -> dict[str, Callable[[], object]]:

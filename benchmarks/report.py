@@ -74,6 +74,8 @@ def core(result: Mapping[str, Any]) -> Iterator[str]:
     yield f"Median {result['unit']}.\n"
     rows = [(name, *(ms(times[column]) for column in columns)) for name, times in result["networks"].items()]
     yield from table(("network", *columns), rows)
+    loaded = [(name, *(ms(times[kind]) for kind in ("coded", "one class"))) for name, times in result["load"].items()]
+    yield from table(("surgery.load of", "the coded network", "the network for one class"), loaded)
 
 
 def coverage(result: Mapping[str, Any]) -> Iterator[str]:

@@ -27,14 +27,20 @@ from torch import Tensor, nn
 import figures
 import surgery
 import surgery_coded
+from checkpoints import CheckpointError
 from data import Data, DataNotFound, first_images, load
+from glyphs import FontsUnavailable
 from outliers import outliers_for
 from recipe import Component, Recipe, RecipeError
+from splits import sample
 from training import Epoch, Task, benchmark_ms, evaluate, set_seed, train
 
 RECIPES = Path(__file__).parent / "recipes"
 SMOKE_EPOCHS, SMOKE_IMAGES = 1, 256
-TIMED_IMAGES = 64
+TIMED_IMAGES, THRESHOLD_IMAGES = 64, 50_000
+MISTAKES = (
+    surgery.SurgeryError, RecipeError, DataNotFound, CheckpointError, FontsUnavailable, FloatingPointError, ValueError
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,9 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.smoke:
             recipe, data = _smaller(recipe), first_images(data, SMOKE_IMAGES)
         run_dir = options.run_dir or Path("runs") / f"{options.recipe.stem}{'-smoke' if options.smoke else ''}"
-        networks = train_both(recipe, data, run_dir, resume=not options.restart, device=options.device)
-        metrics = examine(networks, data, options.one_class, run_dir, console)
-    except (RecipeError, DataNotFound, surgery.SurgeryError) as error:
+        device = _usable(options.device, options.one_class, data)
+        networks = train_both(recipe, data, run_dir, resume=not options.restart, device=device)
+        metrics = examine(networks, data, options.one_class, run_dir, console, device)
+    except MISTAKES as error:
         raise SystemExit(f"coded.py: {error}") from error
     (run_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     console.print(f"Figures, metrics.json and checkpoints are in {run_dir}/")
@@ -103,13 +110,17 @@ def build(recipe: Recipe, data: Data) -> nn.Module:
     return timm.create_model(recipe.model.name, num_classes=len(data.classes), **recipe.model.options)
 
 
-def examine(networks: Networks, data: Data, one_class: int, run_dir: Path, console: Console) -> dict[str, Any]:
+def examine(
+    networks: Networks, data: Data, one_class: int, run_dir: Path, console: Console, device: str
+) -> dict[str, Any]:
     """Measure the networks, print the table, write figures and checkpoints; return the metrics."""
-    plain, coded = networks.plain.cpu(), networks.coded.cpu()
-    baseline, full = evaluate(plain, data.test), evaluate(coded, data.test)
-    decoders = decoder_accuracies(coded, data)
-    binary = cut_out(coded, data, one_class)
-    images = data.test.batch(torch.arange(TIMED_IMAGES))
+    plain, coded = networks.plain, networks.coded
+    baseline, full = (evaluate(network, data.test, device=device) for network in (plain, coded))
+    decoders = decoder_accuracies(coded, data, device)
+    binary = cut_out(coded, data, one_class, device)
+    for network in (plain, coded, binary.network):
+        network.cpu()
+    images = data.test.batch(torch.arange(min(TIMED_IMAGES, len(data.test))))
     times = benchmark_ms(coded, binary.network, images)
     plain_ms, _ = benchmark_ms(plain, coded, images)
     rows = [
@@ -141,28 +152,28 @@ def examine(networks: Networks, data: Data, one_class: int, run_dir: Path, conso
     }
 
 
-def decoder_accuracies(coded: surgery.ConvertedNetwork, data: Data) -> dict[str, float]:
+def decoder_accuracies(coded: surgery.ConvertedNetwork, data: Data, device: str) -> dict[str, float]:
     """Return the test accuracy of every early decoder, by block."""
     hits: dict[str, int] = {}
     for indices in torch.arange(len(data.test)).split(256):
-        decoded = surgery_coded.early_decode(coded, data.test.batch(indices))
+        decoded = surgery_coded.early_decode(coded, data.test.batch(indices).to(device))
         for block, classes in decoded.items():
-            hits[block] = hits.get(block, 0) + int((classes == data.test.targets[indices]).sum())
+            hits[block] = hits.get(block, 0) + int((classes.cpu() == data.test.targets[indices]).sum())
     return {block: count / len(data.test) for block, count in hits.items()}
 
 
-def cut_out(coded: surgery.ConvertedNetwork, data: Data, one_class: int) -> OneClass:
-    """Cut out the network of one class and choose its threshold on the training part."""
+def cut_out(coded: surgery.ConvertedNetwork, data: Data, one_class: int, device: str) -> OneClass:
+    """Cut out the network of one class and choose its threshold on the training part, at most 50,000 images of it."""
     plan = surgery.plan(coded, classes=[one_class])
     network = surgery.prune(coded, plan)
-    seen = evaluate(network, data.train)
+    seen = evaluate(network, sample(data.train, THRESHOLD_IMAGES), device=device)
     threshold = surgery_coded.choose_threshold(seen.logits[:, 0], seen.targets == one_class)
-    unseen = evaluate(network, data.test)
+    unseen = evaluate(network, data.test, device=device)
     logits, positive = unseen.logits[:, 0], unseen.targets == one_class
     foreign = outliers_for(data)
     with_outliers = None
     if foreign is not None:
-        others = evaluate(network, foreign).logits[:, 0]
+        others = evaluate(network, foreign, device=device).logits[:, 0]
         own = logits[positive]
         mixed = torch.cat([own, others]), torch.cat([torch.ones_like(own), torch.zeros_like(others)]).bool()
         with_outliers = surgery_coded.judge(*mixed, threshold)
@@ -203,6 +214,15 @@ def _binary_line(binary: OneClass) -> str:
     if binary.outliers:
         line += f"; against images of no class at all: precision {binary.outliers.precision:.3f}"
     return line
+
+
+def _usable(device: str, one_class: int, data: Data) -> str:
+    """Check before the training what would otherwise fail after it."""
+    if not 0 <= one_class < len(data.classes):
+        raise ValueError(f"--one-class {one_class}: expected an index from 0 to {len(data.classes) - 1}.")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch finds no such device; use --device cpu.")
+    return device
 
 
 def _smaller(recipe: Recipe) -> Recipe:

@@ -84,3 +84,26 @@ def statistics(images: Tensor) -> tuple[Triple, Triple]:
         mean.append(float((part * values).sum()))
         std.append(float((part * (values - mean[-1]).square()).sum().sqrt()))
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen(Split):
+    """Some of the images of another split."""
+
+    whole: Split
+    indices: Tensor
+
+    @property
+    def targets(self) -> Tensor:
+        return self.whole.targets[self.indices]
+
+    def batch(self, indices: Tensor, seed: int | None = None) -> Tensor:
+        return self.whole.batch(self.indices[indices], seed)
+
+
+def sample(split: Split, count: int) -> Split:
+    """Return `count` images of `split`, drawn once and for all, or the whole split where it has no more."""
+    if len(split) <= count:
+        return split
+    drawn = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:count]
+    return Chosen(split, drawn)

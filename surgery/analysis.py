@@ -134,7 +134,10 @@ def _stem(root: fx.Graph, blocks: set[str]) -> tuple[str, ...]:
 
 
 def find_head(model: nn.Module, graph: fx.Graph) -> Head:
-    """Return the classifier: the linear layer or 1x1 convolution that the output of `graph` comes from."""
+    """Return the classifier: the linear layer or 1x1 convolution that the output of `graph` comes from.
+
+    An addition or a norm on the way back means that the network ends with its features.
+    """
     node = next(iter(graph.find_nodes(op="output"))).args[0]
     while isinstance(node, fx.Node):
         module = (
@@ -144,6 +147,8 @@ def find_head(model: nn.Module, graph: fx.Graph) -> Head:
             return Head(str(node.target), module.out_features)
         if isinstance(module, nn.Conv2d):
             return Head(str(node.target), module.out_channels) if module.kernel_size == (1, 1) else Head(None, None)
+        if isinstance(module, nn.modules.batchnorm._NormBase) or is_addition(node):
+            return Head(None, None)
         node = node.all_input_nodes[0] if node.all_input_nodes else None
     return Head(None, None)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import InvalidOption
-from surgery.taps import Tap
+from surgery.taps import undisturbed
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def recalibrate_bn(model: nn.Module, loader: Iterable[Any], batches: int = 200) 
     device = next(model.parameters()).device
     used = 0
     try:
-        with _averaging(model, norms):
+        with undisturbed(model), _averaging(model, norms):
             for batch in islice(loader, batches):
                 images: Tensor = batch[0] if isinstance(batch, (tuple, list)) else batch
                 model(images.to(device))
@@ -55,14 +55,11 @@ def recalibrate_bn(model: nn.Module, loader: Iterable[Any], batches: int = 200) 
 
 @contextmanager
 def _averaging(model: nn.Module, norms: list[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
-    """Let the norms start a cumulative average and everything else run as in eval mode, taps not recording."""
+    """Let the norms start a cumulative average and everything else run as in eval mode."""
     modes = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
-    recording = {tap: tap.recording for tap in model.modules() if isinstance(tap, Tap)}
     try:
         model.eval()
-        for tap in recording:
-            tap.recording = False
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # cumulative average
@@ -73,8 +70,6 @@ def _averaging(model: nn.Module, norms: list[nn.modules.batchnorm._BatchNorm]) -
             module.training = training
         for norm, momentum in momenta.items():
             norm.momentum = momentum
-        for tap, recorded in recording.items():
-            tap.recording = recorded
 
 
 def _is_unreached(norm: nn.modules.batchnorm._BatchNorm) -> bool:

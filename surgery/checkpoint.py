@@ -151,6 +151,8 @@ def _digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
+    if path.is_dir() or not path.parent.is_dir():
+        raise CheckpointError(f"{path}: cannot be written; expected the path of a file in an existing folder")
     handle, temporary = tempfile.mkstemp(dir=path.parent or Path(), prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -193,17 +195,18 @@ def _header(path: Path, data: bytes) -> dict[str, str]:
         header = json.loads(data[8 : 8 + length])
         metadata = header.get("__metadata__", {})
         return metadata if isinstance(metadata, dict) else {}
-    except (struct.error, ValueError, AttributeError) as error:
+    except (struct.error, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: not a safetensors file, or truncated ({error}); pass a file written by surgery.save"
         ) from error
 
 
 def _replay(record: Conversion, factory: Factory | None) -> ConvertedNetwork:
-    model = rebuild(record.source, factory)
     network: ConvertedNetwork | None = None
-    for operation in record.operations:
-        network = _redo(model if network is None else network, operation)
+    with torch.random.fork_rng(devices=[]):
+        model = rebuild(record.source, factory)
+        for operation in record.operations:
+            network = _redo(model if network is None else network, operation)
     if network is None:
         raise CheckpointError("the record holds no conversion; the file is damaged")
     return network

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 from typing import Any
 
@@ -31,7 +32,7 @@ CONVERSION = "conversion"
 ARCHITECTURE = "architecture"
 METHODS = "methods"
 """Key in `network.meta`: the methods themselves, so that one defined in a script works without being installed."""
-_COMMA = re.compile(r",(?![^\[]*\])")  # but not within a list
+_COMMA = re.compile(r",(?![^\[]*\])(?![^{]*\})")  # but not within a list or a table
 _SPEC = re.compile(r"^(?P<name>[\w-]+)(?:\{(?P<options>.*)\})?$")
 
 
@@ -80,7 +81,12 @@ def resolve_method(method: str | Method, options: dict[str, Any]) -> Method:
     if isinstance(method, Method):
         if options:
             raise InvalidOption(f"{method.name}: options {sorted(options)} go into the instance, not into convert")
+        method.check_types(vars(method))
         return method
+    if not isinstance(method, str):
+        raise InvalidOption(
+            f"convert: found {method!r}, expected the name of a method, a spec, or an instance of a method"
+        )
     name, written = parse_spec(method)
     return method_class(name).from_options({**written, **options})
 
@@ -93,7 +99,9 @@ def method_class(name: str) -> type[Method]:
     """
     known = methods()
     if name not in known:
-        raise PluginError(f"no installed method is called {name!r}; installed: {', '.join(known) or 'none'}")
+        blocked = "SURGERY_BLOCK_PLUGINS" in os.environ or "SURGERY_PLUGINS" in os.environ
+        hint = " (some may be blocked by SURGERY_BLOCK_PLUGINS or SURGERY_PLUGINS)" if blocked else ""
+        raise PluginError(f"no installed method is called {name!r}; installed: {', '.join(known) or 'none'}{hint}")
     return known[name]
 
 

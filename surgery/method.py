@@ -124,6 +124,16 @@ class Method(ABC):
         Raises:
             InvalidOption: If an option is unknown or of the wrong type.
         """
+        cls.check_types(options)
+        return cls(**options)
+
+    @classmethod
+    def check_types(cls, options: Mapping[str, Any]) -> None:
+        """Refuse options that do not exist or are of the wrong type.
+
+        Raises:
+            InvalidOption: With the name, what was found, and what was expected.
+        """
         fields = {field.name: field for field in dataclasses.fields(cls)}
         hints = typing.get_type_hints(cls)
         for name, value in options.items():
@@ -135,7 +145,6 @@ class Method(ABC):
                 raise InvalidOption(
                     f"{cls.name}: option {name!r} is {value!r} ({type(value).__name__}), expected {fields[name].type}"
                 )
-        return cls(**options)
 
 
 def _fits(value: object, hint: Any) -> bool:

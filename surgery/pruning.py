@@ -171,12 +171,11 @@ def prune(model: nn.Module, plan: PrunePlan | None = None, **criteria: Any) -> C
     network = _converted(model)
     if plan is not None and criteria:
         raise InvalidOption(f"pass either a plan or criteria, found both: {sorted(criteria)}")
-    decided = plan if plan is not None else _decided(network, criteria)
-    if decided.before != (found := figures(network)):
+    if plan is not None and not isinstance(plan, PrunePlan):
         raise PruneError(
-            f"the plan is one for {decided.before.params:,} parameters and {decided.before.macs:,} MACs, found a "
-            f"network of {found.params:,} and {found.macs:,}; plan it anew"
+            f"prune: found a {type(plan).__name__}, expected what surgery.plan returned, or criteria by name"
         )
+    decided = plan if plan is not None else _decided(network, criteria)
     return apply_plan(copy.deepcopy(network), decided)
 
 
@@ -186,11 +185,10 @@ def apply_plan(network: ConvertedNetwork, decided: PrunePlan) -> ConvertedNetwor
     Raises:
         PruneError: If the plan was made for another network.
     """
-    if figures(network) != decided.before:
+    if decided.before != (found := figures(network)):
         raise PruneError(
-            f"the plan was made for another network ({decided.before.params:,} parameters, {decided.before.macs:,} "
-            "MACs; this "
-            f"one has {figures(network).params:,} and {figures(network).macs:,}); plan this one anew"
+            f"the plan is one for {decided.before.params:,} parameters and {decided.before.macs:,} MACs, found a "
+            f"network of {found.params:,} and {found.macs:,}; plan it anew"
         )
     rewriter = _apply(network, decided.method, decided.cuts)
     pruned = rewriter.finish()

@@ -22,11 +22,12 @@ def describe_source(model: nn.Module, architecture: Architecture) -> Source:
     """Return what has to be known about a network to build it again."""
     config = getattr(model, "pretrained_cfg", None)
     name = config.get("architecture", "") if isinstance(config, dict) else ""
+    tag = config.get("tag") if isinstance(config, dict) else None
     cls = type(model)
     return Source(
         class_name=f"{cls.__module__}.{cls.__qualname__}",
         fingerprint=fingerprint(model),
-        builder=f"timm:{name}" if name else "",
+        builder=f"timm:{name}{f'.{tag}' if tag else ''}" if name else "",
         classes=architecture.head.classes,
         in_channels=architecture.input_size[0],
     )
@@ -36,10 +37,19 @@ def fingerprint(model: nn.Module) -> str:
     """Return a hash over the modules of `model`, their settings, and the names and shapes of weights and buffers."""
     digest = hashlib.sha256()
     for name, module in model.named_modules():
-        digest.update(f"{name}:{type(module).__qualname__}:{module.extra_repr()}\n".encode())
+        settings = sorted((key, value) for key, value in vars(module).items() if _is_setting(key, value))
+        digest.update(f"{name}:{type(module).__qualname__}:{module.extra_repr()}:{settings}\n".encode())
     for name, tensor in model.state_dict(keep_vars=True).items():
         digest.update(f"{name}:{tuple(tensor.shape)}\n".encode())
     return digest.hexdigest()
+
+
+def _is_setting(name: str, value: object) -> bool:
+    # Rates of dropout and the like are plain attributes that no extra_repr shows.
+    if name.startswith("_") or name in ("training", "grad_checkpointing"):
+        return False
+    items = value if isinstance(value, (tuple, list)) else (value,)
+    return all(item is None or isinstance(item, (bool, int, float, str)) for item in items)
 
 
 def rebuild(source: Source, factory: Factory | None = None) -> nn.Module:
@@ -54,6 +64,11 @@ def rebuild(source: Source, factory: Factory | None = None) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         if factory is not None:
+            if isinstance(factory, nn.Module) or not callable(factory):
+                raise CheckpointError(
+                    f"factory is a {type(factory).__name__}, expected a function without arguments that builds the "
+                    "network"
+                )
             return _checked(factory(), source)
         builder = source.builder if source.builder else find_builder(source)
         if builder:

@@ -33,8 +33,12 @@ class Tap(nn.Module):
 
     def forward(self, value: Tensor) -> Tensor:
         """Return `value`; any shape."""
-        if (self.training or self.recording) and not _in_backward():
+        if _in_backward():
+            return value
+        if self.training or self.recording:
             self._slot["value"] = value
+        elif self._slot:
+            self._slot.clear()  # what an earlier forward left is not of this one
         return value
 
     @property
@@ -127,6 +131,20 @@ def consume(model: nn.Module) -> Taps:
     taps = taps_of(model)
     taps.freeze()
     return taps
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Let forwards of `model` in eval mode run without recording, and leave its taps as they were."""
+    kept = {module: (module.recording, dict(module._slot)) for module in model.modules() if isinstance(module, Tap)}
+    try:
+        for tap in kept:
+            tap.recording = False
+        yield
+    finally:
+        for tap, (recording, slot) in kept.items():
+            tap.recording = recording
+            tap._slot = slot
 
 
 @contextmanager

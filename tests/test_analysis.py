@@ -373,3 +373,11 @@ class PositionalNet(OwnNetwork):
 def test_an_added_parameter_is_no_residual_block():
     found = inspect(PositionalNet(), input_size=16)
     assert len(found.blocks) == 2
+
+
+@pytest.mark.parametrize("name", ["resnext26ts", "resnet18", "mobilenetv2_050", "efficientnet_b0"])
+def test_network_without_a_classifier_has_none(name):
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0)
+    head = surgery.inspect(model, input_size=64).head
+    assert (head.path, head.classes) == (None, None)

@@ -19,6 +19,8 @@ from surgery import checkpoint
 from surgery.errors import CheckpointError, PluginError, SurgeryError
 from surgery.models import CifarResNet, resnext
 
+ROW = {"stages.3": "8/16"}
+
 
 def small(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
@@ -263,3 +265,34 @@ def test_tied_weights_are_stored_once_and_come_back_tied(images, tmp_path):
     assert loaded.layer1[1].conv2.weight is loaded.layer1[0].conv2.weight
     with torch.no_grad():
         assert torch.equal(loaded(images), coded(images))
+
+
+def test_rate_that_no_layer_shows_is_not_lost(tmp_path):
+    coded = surgery.convert(timm.create_model("resnext26ts", num_classes=10, drop_rate=0.5), "coded", scheme=ROW)
+    with pytest.raises(CheckpointError, match="pass factory="):
+        surgery.save(coded, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="differs"):
+        surgery.revert(coded)
+
+
+def test_pretrained_cfg_of_a_tagged_network_comes_back(tmp_path):
+    model = timm.create_model("resnext50_32x4d.tv_in1k", num_classes=10)
+    coded = surgery.convert(model, "coded", scheme={"layer4": "8/32"})
+    surgery.save(coded, tmp_path / "a.safetensors")
+    assert surgery.load(tmp_path / "a.safetensors").pretrained_cfg == model.pretrained_cfg
+
+
+def test_loading_leaves_the_random_state_alone_also_after_reset_classifier(coded, tmp_path):
+    coded.reset_classifier(4)
+    surgery.save(coded, tmp_path / "a.safetensors")
+    state = torch.get_rng_state()
+    surgery.load(tmp_path / "a.safetensors")
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_place_that_cannot_be_written_is_named(coded, tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere" / "a.safetensors"):
+        with pytest.raises(CheckpointError, match=r"cannot be written.*existing folder"):
+            surgery.save(coded, path)
+    with pytest.raises(CheckpointError, match="expected a function without arguments"):
+        surgery.save(coded, tmp_path / "a.safetensors", factory=small())

@@ -105,7 +105,7 @@ def test_options_beside_an_instance_are_refused():
         ({"mu": True}, r"coded: option 'mu' is True \(bool\), expected float"),
         ({"branches": 2.5}, r"coded: option 'branches' is 2\.5 \(float\), expected int"),
         ({"gradient": "none"}, r"coded: option 'gradient' is 'none' \(str\), expected Literal"),
-        ({"mu": -1.0}, r"coded: option 'mu' is -1\.0, expected a number >= 0"),
+        ({"mu": -1.0}, r"coded: option 'mu' is -1\.0, expected a finite number of at least 0"),
         ({"p_drop": 1.0}, r"coded: option 'p_drop' is 1\.0, expected a probability in \[0, 1\)"),
     ],
 )

@@ -202,7 +202,9 @@ def test_unconverted_and_wrapped_models_are_refused():
 
 @pytest.mark.parametrize("classes", [[], [10], [-1], [1, 1], ["3"], [2.0]])
 def test_classes_that_do_not_exist_are_refused(classes):
-    with pytest.raises(InvalidOption, match="expected distinct indices from 0 to 9, at least one"):
+    with pytest.raises(
+        InvalidOption, match=r"expected (distinct indices from 0 to 9, at least one|class indices such as)"
+    ):
         surgery.plan(coded(), classes=classes)
 
 

@@ -193,3 +193,11 @@ def test_taps_record_under_a_compiled_network(network, x):
 
 def test_a_tap_says_its_name(network):
     assert "Tap('layer1.0/body')" in repr(network)
+
+
+def test_forward_that_does_not_record_forgets_what_an_earlier_one_left():
+    tap = Tap("a")
+    tap.train()(torch.ones(2))
+    tap.eval()(torch.zeros(2))
+    with pytest.raises(TapNotFilled, match="no forward pass has filled this tap"):
+        _ = tap.value

@@ -43,7 +43,7 @@ def choose_threshold(logits: Tensor, positive: Tensor, steps: int = 100) -> floa
     """
     if not bool(positive.any()) or bool(positive.all()):
         raise InvalidOption("choose_threshold: expected images of the class and others, found only one kind")
-    logits = logits.flatten().double()
+    logits, positive = logits.flatten().double(), positive.flatten().bool()
     candidates = torch.linspace(
         float(logits[~positive].median()), float(logits[positive].median()), steps, dtype=torch.float64
     )
@@ -59,6 +59,7 @@ def judge(logits: Tensor, positive: Tensor, threshold: float) -> BinaryReport:
         positive: (M,) bool, which images are of the class.
         threshold: An image is called positive if its logit is above.
     """
+    positive = positive.flatten().bool()
     called = logits.flatten() > threshold
     hits = int((called & positive).sum())
     precision = hits / max(int(called.sum()), 1)

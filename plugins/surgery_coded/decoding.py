@@ -7,6 +7,7 @@ from torch import Tensor
 
 import surgery
 from surgery import ConvertedNetwork
+from surgery.errors import InvalidOption
 from surgery_coded.loss import decode
 from surgery_coded.pruner import coded_blocks
 
@@ -22,8 +23,31 @@ def early_decode(model: ConvertedNetwork, images: Tensor) -> dict[str, Tensor]:
     Returns:
         Block path -> (B,) class indices, in the order of the network.
 
+    Raises:
+        InvalidOption: If the model is not coded, is pruned or in train mode, or has another classifier than its
+            schemes.
+
     Reference: Coded ResNeXt (2022), Eq. 7.
     """
+    _check(model)
     with surgery.record(model) as taps:
         model(images)
     return {block.path: decode(taps[module.energy.name], module.codewords) for block, module in coded_blocks(model)}
+
+
+def _check(model: ConvertedNetwork) -> None:
+    if not isinstance(model, ConvertedNetwork) or not any(True for _ in coded_blocks(model)):
+        raise InvalidOption(f"early_decode: found a {type(model).__name__}, expected a network converted by 'coded'")
+    if model.training:
+        raise InvalidOption(
+            "early_decode: the network is in train mode, where branches are dropped; call .eval() first"
+        )
+    classes = model.meta["architecture"].head.classes
+    for block, module in coded_blocks(model):
+        if module.codewords.shape[0] != classes or module.branches != module.total_branches:
+            raise InvalidOption(
+                f"early_decode: {block.path} has {module.branches} of {module.total_branches} branches and "
+                "codewords of "
+                f"{module.codewords.shape[0]} classes, the network {classes} outputs; decode the network before it "
+                "was cut"
+            )

@@ -51,8 +51,9 @@ def coding_loss(energies: Tensor, codewords: Tensor, ratio: float, exponent: flo
 def target_codewords(codewords: Tensor, target: Tensor) -> Tensor:
     """Return the codeword of every sample's class; for soft targets the mean of codewords that they weigh.
 
-    A class index outside 0..K-1 is an `IndexError` on the CPU and a device-side assertion on an accelerator, as it is
-    in `torch.nn.functional.cross_entropy`: looking at the values here would wait for the device in every step.
+    There is no `ignore_index`: every sample needs its class. An index outside 0..K-1 is an `IndexError` on the CPU and
+    a device-side assertion on an accelerator, as it is in `torch.nn.functional.cross_entropy`: looking at the values
+    here would wait for the device in every step.
 
     Shape:
         codewords (K, N) bool or float; target (B,) integers in 0..K-1, or (B, K) weights; returns (B, N), of the dtype

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -47,10 +49,16 @@ class Coded(Method):
 
     def __post_init__(self) -> None:
         """Refuse values that no network could use."""
+        self.check_types(vars(self))
+        if self.scheme is not None and not isinstance(self.scheme, Mapping):
+            raise InvalidOption(
+                f"coded: option 'scheme' is {self.scheme!r}, expected stage names with ratios, such as "
+                "{'layer4': '8/32'}"
+            )
         for name, good, expected in (
-            ("mu", self.mu >= 0, "a number >= 0"),
+            ("mu", 0 <= self.mu < math.inf, "a finite number of at least 0"),
             ("p_drop", 0 <= self.p_drop < 1, "a probability in [0, 1)"),
-            ("exponent", self.exponent > 0, "a positive number"),
+            ("exponent", 0 < self.exponent < math.inf, "a positive number"),
             ("branches", self.branches is None or self.branches > 1, "at least 2"),
         ):
             if not good:
@@ -88,12 +96,12 @@ class Coded(Method):
             return {}
         return {"coding": self.mu * sum(losses[1:], losses[0])}
 
-    def plan(self, model: ConvertedNetwork, classes: Iterable[int] | None = None, **criteria: Any) -> PrunePlan:
+    def plan(self, model: ConvertedNetwork, classes: int | Iterable[int] | None = None, **criteria: Any) -> PrunePlan:
         """Keep the branches of the codewords of `classes`, and those rows of the classifier.
 
         Args:
             model: A coded network.
-            classes: Class indices; one of them gives a binary classifier.
+            classes: Class indices, or a single one, which gives a binary classifier.
             **criteria: None.
 
         Raises:
@@ -102,27 +110,27 @@ class Coded(Method):
         if criteria or classes is None:
             found = f"found {', '.join(criteria)}" if criteria else "found none"
             raise InvalidOption(f"coded: prune expects classes=[...], the class indices to keep; {found}")
-        return plan_classes(model, list(classes))
+        return plan_classes(model, _indices(classes))
 
     def options(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
         scheme = None if self.scheme is None else {stage: _to_json(value) for stage, value in self.scheme.items()}
         return {**super().options(), "scheme": scheme}
 
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Self:
-        """Build the method; a scheme is a table of stage names."""
-        scheme = options.get("scheme")
-        if scheme is not None and not isinstance(scheme, Mapping):
-            raise InvalidOption(
-                f"coded: option 'scheme' is {scheme!r}, expected stage names with ratios, such as {{'layer4': '8/32'}}"
-            )
-        return super().from_options(options)
-
 
 def coded_modules(model: ConvertedNetwork) -> list[CodedConv2d]:
     """Return the coded convolutions of `model`, in the order of the network."""
     return [module for module in model.modules() if isinstance(module, CodedConv2d)]
+
+
+def _indices(classes: object) -> list[int]:
+    values: list[Any] = list(classes) if isinstance(classes, Iterable) else [classes]
+    try:
+        if any(isinstance(value, bool) for value in values):
+            raise TypeError
+        return [operator.index(value) for value in values]
+    except TypeError:
+        raise InvalidOption(f"coded: classes={classes!r}, expected class indices such as [3]") from None
 
 
 def _to_json(value: str | CodingScheme | Mapping[str, Any]) -> Any:

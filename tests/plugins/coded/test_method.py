@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -517,3 +518,32 @@ def test_two_processes_train_like_one_with_the_whole_batch(tmp_path):
     for key, value in model.state_dict().items():
         assert torch.equal(weights[key], other[key])
         torch.testing.assert_close(weights[key], value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("classes", [3, [3], (3,), np.array([3]), torch.tensor([3]), np.int64(3)])
+def test_class_may_be_given_in_any_integer_form(classes):
+    coded = surgery.convert(network(), "coded", input_size=32)
+    assert surgery.plan(coded, classes=classes).criteria == {"classes": [3]}
+
+
+@pytest.mark.parametrize("classes", [True, [True], "3", 3.0, None])
+def test_what_is_no_class_index_is_refused(classes):
+    coded = surgery.convert(network(), "coded", input_size=32)
+    with pytest.raises(InvalidOption, match="coded"):
+        surgery.plan(coded, classes=classes)
+
+
+@pytest.mark.parametrize(
+    "options", [{"mu": True}, {"mu": float("inf")}, {"mu": "a"}, {"gradient": "Masked"}, {"scheme": "3/10"}]
+)
+def test_instance_is_checked_like_a_name_with_options(options):
+    with pytest.raises(InvalidOption, match="coded: option"):
+        Coded(**options)
+
+
+def test_early_decoding_refuses_what_it_cannot_decode():
+    coded = surgery.convert(network(), "coded", input_size=32)
+    pruned = surgery.prune(coded, classes=[3]).eval()
+    for model, message in ((network(), "expected a network"), (coded.train(), "train mode"), (pruned, "was cut")):
+        with pytest.raises(InvalidOption, match=message):
+            early_decode(model, torch.randn(1, 3, 32, 32))
