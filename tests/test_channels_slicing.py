@@ -247,7 +247,10 @@ def test_a_scaled_network_trains_and_copies():
     rewriter = Rewriter(rebuilt(warmed(Network()), 8), "toy")
     rewriter.scale({"stem": 4, "blocks.0.conv3": 8})
     network = rewriter.finish().train()
-    copy.deepcopy(network)(torch.rand(2, 3, 8, 8, dtype=torch.float64)).sum().backward()
+    twin = copy.deepcopy(network)
+    twin(torch.rand(2, 3, 8, 8, dtype=torch.float64)).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in twin.parameters())
+    assert all(parameter.grad is None for parameter in network.parameters())
 
 
 def test_coupled_convolutions_get_one_width():
