@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -67,3 +68,23 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
     def loader(self, start: int, stop: int, workers: int) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return a loader of the steps from `start` to before `stop`."""
         return DataLoader(self, batch_size=None, sampler=range(start, stop), num_workers=workers)
+
+
+@dataclass(frozen=True, eq=False)
+class _Whole(Dataset[Tensor]):
+    """The images of a split in order, a batch at a time."""
+
+    split: Split
+    chunks: tuple[Tensor, ...]
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.split.batch(self.chunks[index])
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+
+def whole_batches(split: Split, batch_size: int, workers: int) -> DataLoader[Tensor]:
+    """Return a loader of all images of `split` in order, without augmentation and without the global generator."""
+    chunks = torch.arange(len(split)).split(batch_size)
+    return DataLoader(_Whole(split, chunks), batch_size=None, num_workers=workers, generator=torch.Generator())

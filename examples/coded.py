@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ from data import Data, DataNotFound, first_images, load
 from glyphs import FontsUnavailable
 from outliers import outliers_for
 from recipe import Component, Recipe, RecipeError
-from splits import sample
-from training import Epoch, Task, benchmark_ms, evaluate, set_seed, train
+from splits import Split, sample
+from training import Epoch, Evaluation, Task, benchmark_ms, evaluate, set_seed, train
 
+Evaluate = Callable[[nn.Module, Split], Evaluation]
 RECIPES = Path(__file__).parent / "recipes"
 SMOKE_EPOCHS, SMOKE_IMAGES = 1, 256
 TIMED_IMAGES, THRESHOLD_IMAGES = 64, 50_000
@@ -78,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_dir = options.run_dir or Path("runs") / f"{options.recipe.stem}{'-smoke' if options.smoke else ''}"
         device = _usable(options.device, options.one_class, data)
         networks = train_both(recipe, data, run_dir, resume=not options.restart, device=device)
-        metrics = examine(networks, data, options.one_class, run_dir, console, device)
+        run = partial(evaluate, device=device, workers=recipe.training.workers)
+        metrics = examine(networks, data, options.one_class, run_dir, console, run)
     except MISTAKES as error:
         raise SystemExit(f"coded.py: {error}") from error
     (run_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
@@ -111,13 +114,13 @@ def build(recipe: Recipe, data: Data) -> nn.Module:
 
 
 def examine(
-    networks: Networks, data: Data, one_class: int, run_dir: Path, console: Console, device: str
+    networks: Networks, data: Data, one_class: int, run_dir: Path, console: Console, run: Evaluate
 ) -> dict[str, Any]:
     """Measure the networks, print the table, write figures and checkpoints; return the metrics."""
     plain, coded = networks.plain, networks.coded
-    baseline, full = (evaluate(network, data.test, device=device) for network in (plain, coded))
-    decoders = decoder_accuracies(coded, data, device)
-    binary = cut_out(coded, data, one_class, device)
+    baseline, full = (run(network, data.test) for network in (plain, coded))
+    decoders = decoder_accuracies(coded, data)
+    binary = cut_out(coded, data, one_class, run)
     for network in (plain, coded, binary.network):
         network.cpu()
     images = data.test.batch(torch.arange(min(TIMED_IMAGES, len(data.test))))
@@ -152,9 +155,10 @@ def examine(
     }
 
 
-def decoder_accuracies(coded: surgery.ConvertedNetwork, data: Data, device: str) -> dict[str, float]:
+def decoder_accuracies(coded: surgery.ConvertedNetwork, data: Data) -> dict[str, float]:
     """Return the test accuracy of every early decoder, by block."""
     hits: dict[str, int] = {}
+    device = next(coded.parameters()).device
     for indices in torch.arange(len(data.test)).split(256):
         decoded = surgery_coded.early_decode(coded, data.test.batch(indices).to(device))
         for block, classes in decoded.items():
@@ -162,18 +166,18 @@ def decoder_accuracies(coded: surgery.ConvertedNetwork, data: Data, device: str)
     return {block: count / len(data.test) for block, count in hits.items()}
 
 
-def cut_out(coded: surgery.ConvertedNetwork, data: Data, one_class: int, device: str) -> OneClass:
+def cut_out(coded: surgery.ConvertedNetwork, data: Data, one_class: int, run: Evaluate) -> OneClass:
     """Cut out the network of one class and choose its threshold on the training part, at most 50,000 images of it."""
     plan = surgery.plan(coded, classes=[one_class])
     network = surgery.prune(coded, plan)
-    seen = evaluate(network, sample(data.train, THRESHOLD_IMAGES), device=device)
+    seen = run(network, sample(data.train, THRESHOLD_IMAGES))
     threshold = surgery_coded.choose_threshold(seen.logits[:, 0], seen.targets == one_class)
-    unseen = evaluate(network, data.test, device=device)
+    unseen = run(network, data.test)
     logits, positive = unseen.logits[:, 0], unseen.targets == one_class
     foreign = outliers_for(data)
     with_outliers = None
     if foreign is not None:
-        others = evaluate(network, foreign, device=device).logits[:, 0]
+        others = run(network, foreign).logits[:, 0]
         own = logits[positive]
         mixed = torch.cat([own, others]), torch.cat([torch.ones_like(own), torch.zeros_like(others)]).bool()
         with_outliers = surgery_coded.judge(*mixed, threshold)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import checkpoints
-from batches import Batches, derive_seed
+from batches import Batches, derive_seed, whole_batches
 from data import Data
 from interruption import stop, stop_signals
 from recipe import Component, Recipe, RecipeError, Training
@@ -102,15 +102,22 @@ def learning_rate(training: Training, epoch: float) -> float:
 
 
 def evaluate(
-    model: nn.Module, split: Split, *, batch_size: int = 256, device: str | torch.device = "cpu", amp: bool = False
+    model: nn.Module,
+    split: Split,
+    *,
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+    amp: bool = False,
+    workers: int = 0,
 ) -> Evaluation:
     """Classify a whole split without augmentation; the network keeps its train or eval mode."""
     mode, logits = model.training, []
+    batches = whole_batches(split, batch_size, workers)
     model.eval()
     with torch.no_grad():
-        for indices in torch.arange(len(split)).split(batch_size):
+        for images in batches:
             with _autocast(device, amp):
-                output = model(split.batch(indices).to(device))
+                output = model(images.to(device))
             logits.append(output.float().cpu())
     model.train(mode)
     joined = torch.cat(logits)
@@ -260,7 +267,9 @@ class _Run:
         last = state.step == self.total
         accuracy = None
         if last or (step.epoch + 1) % self.training.evaluate_epochs == 0:
-            accuracy = evaluate(self.model, self.data.test, device=self.device, amp=self.training.amp).accuracy
+            t = self.training
+            evaluated = evaluate(self.model, self.data.test, device=self.device, amp=t.amp, workers=t.workers)
+            accuracy = evaluated.accuracy
         means = {name: value / self.batches.per_epoch for name, value in state.sums.items()}
         terms = {name.removeprefix("term "): mean for name, mean in means.items() if name != "loss"}
         epoch = Epoch(step.epoch, step.lr, means["loss"], terms, accuracy, seconds)

@@ -11,7 +11,7 @@ from torch import fx, nn
 from surgery.architecture import Block, BranchKind, Channels
 from surgery.errors import Refusal
 from surgery.shapes import MACS, SIZE
-from surgery.tracing import OWNER, is_training_flag
+from surgery.tracing import OWNER, is_training_flag, upstream
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _PRODUCTS = (operator.mul, operator.imul, torch.mul)
@@ -35,7 +35,7 @@ def describe_block(path: str, graph: fx.Graph, module: nn.Module) -> Block | Ref
         body, shortcut = output, None
     else:
         body, shortcut = _sides(join, module)
-        if any(_conv(module, node) for node in _ancestors(body) & _ancestors(shortcut)):
+        if any(_conv(module, node) for node in upstream(body) & upstream(shortcut)):
             return Refusal(
                 path,
                 "its shortcut starts behind a convolution, expected at the block's input",
@@ -107,7 +107,7 @@ def _join(graph: fx.Graph, module: nn.Module, output: fx.Node) -> fx.Node | None
 
 
 def _reads_input(node: fx.Node) -> bool:
-    return any(ancestor.op == "placeholder" for ancestor in _ancestors(node))
+    return any(ancestor.op == "placeholder" for ancestor in upstream(node))
 
 
 def _is_attention(node: fx.Node) -> bool:
@@ -122,23 +122,12 @@ def _sides(join: fx.Node, module: nn.Module) -> tuple[fx.Node, fx.Node]:
 
 
 def _weight(node: fx.Node, module: nn.Module) -> tuple[int, int]:
-    convs = [conv for conv in (_conv(module, n) for n in _ancestors(node)) if conv]
+    convs = [conv for conv in (_conv(module, n) for n in upstream(node)) if conv]
     return len(convs), sum(max(conv.kernel_size) for conv in convs)
 
 
 def _conv_count(node: fx.Node, module: nn.Module) -> int:
-    return sum(_conv(module, ancestor) is not None for ancestor in _ancestors(node))
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    seen = {node}
-    pending = [node]
-    while pending:
-        for source in pending.pop().all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                pending.append(source)
-    return seen
+    return sum(_conv(module, ancestor) is not None for ancestor in upstream(node))
 
 
 def _main_path(body: fx.Node, placeholder: fx.Node) -> list[fx.Node]:

@@ -13,7 +13,7 @@ from surgery.history import Site
 from surgery.inplace import protect
 from surgery.network import ConvertedNetwork, SurgeryModule
 from surgery.shapes import SIZE, forget, refresh, refresh_nested, total_macs
-from surgery.tracing import MARK, SITE
+from surgery.tracing import MARK, SITE, upstream
 
 
 class Editor:
@@ -261,16 +261,6 @@ class Editor:
             macs=total_macs(owner.graph),
             params=sum(parameter.numel() for parameter in owner.parameters()),
         )
-
-
-def upstream(*nodes: fx.Node) -> set[fx.Node]:
-    """Return the nodes and everything that they are computed from, within their graph."""
-    seen, pending = set(nodes), list(nodes)
-    while pending:
-        new = set(pending.pop().all_input_nodes) - seen
-        seen |= new
-        pending += new
-    return seen
 
 
 def _where(at: Block | None) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from surgery.architecture import Architecture, Block
-from surgery.editing import upstream
 from surgery.network import ConvertedNetwork
 from surgery.shapes import MACS
+from surgery.tracing import upstream
 
 
 @dataclass(frozen=True)

@@ -157,8 +157,15 @@ def record(model: nn.Module) -> Iterator[Taps]:
         >>> with surgery.record(model) as taps:
         ...     model(images)
         >>> taps["layer3.0/energy"].shape
+
+    Raises:
+        TapNotFilled: If the model has no tap at all.
     """
     taps = taps_of(model)
+    if not taps:
+        raise TapNotFilled(
+            f"{type(model).__name__} has no tap, so nothing can be recorded; convert it with a method that taps values"
+        )
     modules = list(taps._taps.values())
     for tap in modules:
         tap.clear()

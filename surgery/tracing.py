@@ -249,3 +249,13 @@ def _difference(node: fx.Node, twin: fx.Node, name: str, culprit: fx.Node) -> Tr
 
 def _target(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def upstream(*nodes: fx.Node) -> set[fx.Node]:
+    """Return the nodes and everything that they are computed from, within their graph."""
+    seen, pending = set(nodes), list(nodes)
+    while pending:
+        new = set(pending.pop().all_input_nodes) - seen
+        seen |= new
+        pending += new
+    return seen

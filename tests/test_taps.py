@@ -201,3 +201,8 @@ def test_forward_that_does_not_record_forgets_what_an_earlier_one_left():
     tap.eval()(torch.zeros(2))
     with pytest.raises(TapNotFilled, match="no forward pass has filled this tap"):
         _ = tap.value
+
+
+def test_model_without_taps_has_nothing_to_record():
+    with pytest.raises(TapNotFilled, match="Linear has no tap"), record(nn.Linear(2, 2)):
+        pass

@@ -187,12 +187,13 @@ def _join(
     patch_grams = column_grams(columns)
     raw = gram_energies(patch_grams, grams, weight.shape[0] * columns.shape[3])
     scale, energies = normalize(raw * active, total)
-    x = hidden * _channel_factors(gain * scale.unsqueeze(1), hidden)
+    x = hidden * channel_factors(gain * scale.unsqueeze(1), hidden)
     return _Joined(F.conv2d(x, weight, bias, stride, padding, dilation), energies, scale, grams, patch_grams)
 
 
-def _channel_factors(factors: Tensor, hidden: Tensor) -> Tensor:
-    # (B, N) to (B, N*d, 1, 1). In float16 the factor of a dead block is beyond the range, and 0 * inf is not 0.
+def channel_factors(factors: Tensor, hidden: Tensor) -> Tensor:
+    """Return one factor per channel of `hidden`: (B, N) to (B, N*d, 1, 1)."""
+    # In float16 the factor of a dead block is beyond the range, and 0 * inf is not 0.
     if hidden.dtype == torch.float16:
         factors = factors.clamp(max=torch.finfo(torch.float16).max)
     width = hidden.shape[1] // factors.shape[1]
@@ -231,7 +232,7 @@ class _PointwiseJoin(torch.autograd.Function):
             inputs = (hidden, weight, bias, gain, active, ctx.total)
             return _differentiable_backward(inputs, (grad_output, grad_energies), ctx.needs_input_grad[:3])
         factors = gain * scale.unsqueeze(1)
-        x = hidden * _channel_factors(factors, hidden)
+        x = hidden * channel_factors(factors, hidden)
         x_grad, weight_grad, bias_grad = _convolution_backward(grad_output, x, weight, bias, ctx.needs_input_grad)
         columns = branch_columns(hidden, gain.shape[1])
         x_columns = branch_columns(x_grad, gain.shape[1])

@@ -72,15 +72,9 @@ def masked_join(
     if torch.compiler.is_compiling():
         raise UnsupportedModel("coded: gradient='masked' does not run under torch.compile; train it uncompiled")
     stride, padding, dilation = geometry
-    branches = gain.shape[1]
-    kernel = (weight.shape[2], weight.shape[3])
-    columns = energy.branch_columns(hidden, branches, kernel, stride=stride, padding=padding, dilation=dilation)
-    grams = energy.weight_grams(weight, branches)
-    raw = energy.gram_energies(energy.column_grams(columns), grams, weight.shape[0] * columns.shape[3])
-    raw = _mask_gradient(raw, mask)
-    scale, energies = energy.normalize(raw * active, total)
-    factors = (gain * scale.unsqueeze(1)).to(hidden.dtype)
-    x = _mask_gradient(hidden, mask) * factors.repeat_interleave(hidden.shape[1] // branches, dim=1)[:, :, None, None]
+    raw = energy.branch_energies(hidden, weight, gain.shape[1], stride=stride, padding=padding, dilation=dilation)
+    scale, energies = energy.normalize(_mask_gradient(raw, mask) * active, total)
+    x = _mask_gradient(hidden, mask) * energy.channel_factors(gain * scale.unsqueeze(1), hidden)
     output: Tensor = _MaskedConvolution.apply(x, weight, bias, geometry, mask)  # type: ignore[no-untyped-call]
     return output, energies
 
