@@ -381,3 +381,16 @@ def test_network_without_a_classifier_has_none(name):
         model = timm.create_model(name, num_classes=0)
     head = surgery.inspect(model, input_size=64).head
     assert (head.path, head.classes) == (None, None)
+
+
+def test_residual_body_without_a_norm_is_no_classifier():
+    class Unit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 1))
+
+        def forward(self, x):
+            return self.body(x) + x
+
+    model = nn.Sequential(Unit(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert surgery.inspect(model, input_size=8).head.path is None
