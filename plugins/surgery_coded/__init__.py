@@ -7,6 +7,7 @@ from surgery_coded.binary import judge as judge
 from surgery_coded.decoding import early_decode as early_decode
 from surgery_coded.method import Coded as Coded
 from surgery_coded.pruner import mask_branches as mask_branches
+from surgery_coded.pruner import switch_branches as switch_branches
 from surgery_coded.scheme import CodingScheme as CodingScheme
 
 

@@ -58,14 +58,39 @@ def active_branches(module: CodedConv2d, classes: Sequence[int]) -> list[int]:
     return [int(n) for n in used.nonzero().flatten()]
 
 
+def switch_branches(model: ConvertedNetwork, block: str, active: torch.Tensor | None) -> None:
+    """Switch branches of one coded block off, as if they had been removed; None switches all of them on.
+
+    Args:
+        model: A coded network, changed in place.
+        block: Path of a coded block, as `surgery.inspect` prints it.
+        active: Ones and zeros: (N,), or (B, N) for other branches in every sample of a batch of B.
+
+    Raises:
+        InvalidOption: If the block is not coded, or `active` is of another shape.
+    """
+    modules = {found.path: module for found, module in coded_blocks(model)}
+    if block not in modules:
+        raise InvalidOption(f"coded: {block!r} is no coded block, expected one of {', '.join(modules) or 'none'}")
+    module = modules[block]
+    if active is not None:
+        if active.ndim not in (1, 2) or active.shape[-1] != module.branches:
+            raise InvalidOption(
+                f"coded: active branches of {block!r} have the shape {tuple(active.shape)}, expected "
+                f"({module.branches},) or (B, {module.branches})"
+            )
+        active = active.to(module.weight.device, module.weight.dtype)
+    module.active = active
+
+
 def mask_branches(model: ConvertedNetwork, classes: Sequence[int]) -> ConvertedNetwork:
     """Return a copy of the full network in which the branches that none of `classes` uses are switched off.
 
     It computes what `surgery.prune(model, classes=...)` computes, at full cost and with all outputs.
     """
     masked = copy.deepcopy(model)
-    for _, module in coded_blocks(masked):
-        active = torch.zeros(module.branches, device=module.weight.device, dtype=module.weight.dtype)
+    for block, module in coded_blocks(masked):
+        active = torch.zeros(module.branches)
         active[active_branches(module, classes)] = 1
-        module.active = active
+        switch_branches(masked, block.path, active)
     return masked
