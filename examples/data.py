@@ -95,9 +95,16 @@ def digits(*, image_size: int = 16, degrees: float = 10.0, shift: float = 0.08) 
 
 
 def glyphs(
-    *, train_variants: int = 20, test_variants: int = 8, seed: int = 0, degrees: float = 8.0, shift: float = 0.05
+    *,
+    train_variants: int = 20,
+    test_variants: int = 8,
+    seed: int = 0,
+    degrees: float = 8.0,
+    shift: float = 0.05,
+    image_size: int = 32,
+    groups: int = 20,
 ) -> Data:
-    """Draw 100 characters in 20 coarse groups, 32x32; no face, and no drawing of a character, is in both parts.
+    """Draw 100 characters in 20 coarse groups; no face, and no drawing of a character, is in both parts.
 
     Args:
         train_variants: Random affine variants of each character in each of the 11 training faces.
@@ -105,17 +112,30 @@ def glyphs(
         seed: Of these variants.
         degrees: Largest rotation of the training augmentation, on top of the variants.
         shift: Its largest translation, as a part of the side.
+        image_size: Side of an image in pixels, a divisor of 64.
+        groups: How many of the coarse groups, five characters each: the first ones.
 
     Raises:
+        ValueError: The side does not divide 64, or there are not so many groups.
         FontsUnavailable: matplotlib or one of its fonts is missing.
     """
-    grey, labels = drawing.render(drawing.TRAIN_FACES, train_variants, 2 * seed)
-    grey_test, labels_test = drawing.render(drawing.TEST_FACES, test_variants, 2 * seed + 1)
+    chosen = drawing.characters(groups)
+    parts = tuple(
+        _draw(faces, variants, 2 * seed + part, image_size, len(chosen))
+        for part, (faces, variants) in enumerate(
+            ((drawing.TRAIN_FACES, train_variants), (drawing.TEST_FACES, test_variants))
+        )
+    )
+    members = tuple(index // drawing.GROUP_SIZE for index in range(len(chosen)))
+    names = tuple(drawing.GROUPS)[:groups]
+    return _in_memory("glyphs", parts, tuple(chosen), shift_and_rotate(degrees, shift), members, names)
+
+
+def _draw(faces: tuple[str, ...], variants: int, seed: int, size: int, classes: int) -> Part:
+    grey, labels = drawing.render(faces, variants, seed, size)
+    wanted = labels < classes
     # a view: the three equal channels take the memory of one
-    parts = (grey.expand(-1, 3, -1, -1), labels), (grey_test.expand(-1, 3, -1, -1), labels_test)
-    groups = tuple(index for index, members in enumerate(drawing.GROUPS.values()) for _ in members)
-    augment = shift_and_rotate(degrees, shift)
-    return _in_memory("glyphs", parts, tuple(drawing.CHARACTERS), augment, groups, tuple(drawing.GROUPS))
+    return grey[wanted].expand(-1, 3, -1, -1), labels[wanted]
 
 
 def cifar10(root: Path, *, randaugment: tuple[int, int] | list[int] = (3, 4)) -> Data:

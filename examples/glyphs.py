@@ -39,6 +39,7 @@ GROUPS: dict[str, str] = {
     "punctuation": "!?&@#",
 }
 CHARACTERS = "".join(GROUPS.values())
+GROUP_SIZE = 5
 
 TRAIN_FACES = (
     "DejaVuSans",
@@ -61,13 +62,24 @@ TEST_FACES = (
     "STIXGeneralBolIta",
 )
 
-CANVAS = 64  # characters are drawn and warped at twice the final size, then averaged down to 32
+CANVAS = 64  # characters are drawn and warped at this size, then averaged down
 FONT_SIZE = 44
 BASELINE = 44
 
 
 class FontsUnavailable(RuntimeError):
     """The fonts that the characters are drawn with are missing or lack a character."""
+
+
+def characters(groups: int) -> str:
+    """Return the characters of the first `groups` coarse groups.
+
+    Raises:
+        ValueError: There are not so many groups.
+    """
+    if not 1 <= groups <= len(GROUPS):
+        raise ValueError(f"glyphs: found groups={groups}, expected 1 to {len(GROUPS)}.")
+    return CHARACTERS[: GROUP_SIZE * groups]
 
 
 @cache
@@ -105,19 +117,24 @@ def _draw(font: ImageFont.FreeTypeFont, character: str) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def render(faces: tuple[str, ...], variants: int, seed: int) -> tuple[Tensor, Tensor]:
+def render(faces: tuple[str, ...], variants: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
     """Draw every character in every face, `variants` times, each with a random affine map.
 
     Returns:
-        Images (F*variants*100, 1, 32, 32) uint8 and their class indices (F*variants*100,).
+        Images (F*variants*100, 1, size, size) uint8 and their class indices (F*variants*100,).
+
+    Raises:
+        ValueError: The size does not divide that of the canvas, 64.
     """
+    if size < 1 or CANVAS % size:
+        raise ValueError(f"glyphs: found image_size={size}, expected a divisor of {CANVAS} such as 16 or 32.")
     generator = torch.Generator().manual_seed(seed)
     images = []
     for face in faces:
         drawn = draw_face(face)
         for _ in range(variants):
             warped = warp(drawn, generator, degrees=10.0, shift=0.06, scale=0.12, shear=6.0)
-            small = torch.nn.functional.avg_pool2d(warped, 2)
+            small = torch.nn.functional.avg_pool2d(warped, CANVAS // size)
             images.append(small.round().to(torch.uint8))
     labels = torch.arange(len(CHARACTERS)).repeat(len(faces) * variants)
     return torch.cat(images), labels

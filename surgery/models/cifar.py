@@ -31,6 +31,7 @@ LAYOUTS: dict[str, Layout] = {
     "resnext11_4x4d": resnext(4, 4, depth=11, base=16),
     "resnext20_4x4d": resnext(4, 4, depth=20, base=16),
     "resnext20_10x4d": resnext(10, 4, depth=20, base=16, shortcut="stride"),
+    "resnext20_20x2d": resnext(20, 2, depth=20, base=16, shortcut="stride"),
     "resnext29_4x4d": resnext(4, 4, base=16),
     "wrn_10_1": wide_resnet(10, 1),
     "wrn_16_1": wide_resnet(16, 1),

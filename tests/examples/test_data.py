@@ -141,6 +141,27 @@ def test_the_three_channels_of_the_glyphs_take_the_memory_of_one():
     assert images.untyped_storage().nbytes() == len(images) * 32 * 32
 
 
+def test_small_glyphs_of_some_groups_are_the_large_ones_averaged():
+    large = data.load("glyphs", train_variants=1, test_variants=1)
+    small = data.load("glyphs", train_variants=1, test_variants=1, image_size=16, groups=3)
+    assert small.classes == large.classes[:15]
+    assert (small.groups, small.group_names) == (large.groups[:15], large.group_names[:3])
+    wanted = large.test.targets < 15
+    assert torch.equal(small.test.targets, large.test.targets[wanted])
+    averaged = torch.nn.functional.avg_pool2d(large.test.images[wanted].double(), 2)
+    # both were rounded from the same canvas, the large ones before they are averaged here
+    assert small.test.images.shape[1:] == (3, 16, 16)
+    assert (small.test.images.double() - averaged).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [({"image_size": 24}, "divisor of 64"), ({"groups": 21}, "1 to 20"), ({"groups": 0}, "1")]
+)
+def test_glyphs_refuse_what_they_cannot_draw(options, expected):
+    with pytest.raises(ValueError, match=rf"glyphs: found .*expected .*{expected}"):
+        data.load("glyphs", **options)
+
+
 @pytest.mark.parametrize(("name", "folder"), [("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python")])
 def test_missing_cifar_says_where_what_and_from_where(tmp_path, name, folder):
     with pytest.raises(data.DataNotFound) as caught:
