@@ -66,6 +66,7 @@ class Block:
         resolution: (height, width) of the output.
         macs: Multiply-adds of one image in the block's convolutions and linear layers.
         params: Number of parameters.
+        attended: Nodes between `spatial` and `merge` whose values the attention reads.
     """
 
     path: str
@@ -87,6 +88,7 @@ class Block:
     resolution: tuple[int, int]
     macs: int
     params: int
+    attended: tuple[str, ...] = ()
 
     @property
     def is_residual(self) -> bool:

@@ -79,6 +79,7 @@ def _block(
         merge=f"{path}.{merge.target}" if merge else None,
         convs=tuple(f"{path}.{conv.target}" for conv in convs),
         attention=_attention(path, main, spatial, merge) if merge else None,
+        attended=_attended(main, spatial, merge) if merge else (),
         channels=Channels(placeholder.meta[SIZE][1], hidden, output.meta[SIZE][1]),
         cardinality=_conv_of(module, spatial).groups if kind == "grouped" else hidden,
         projected=shortcut is not None and _conv_count(shortcut, module) > 0,
@@ -137,8 +138,15 @@ def _main_path(body: fx.Node, placeholder: fx.Node) -> list[fx.Node]:
         sources = [source for source in path[-1].all_input_nodes if source.meta.get(SIZE) is not None]
         if not sources:
             break
-        path.append(max(sources, key=_area))
+        path.append(_scaled(path[-1], sources) or max(sources, key=_area))
     return path[::-1]
+
+
+def _scaled(node: fx.Node, sources: list[fx.Node]) -> fx.Node | None:
+    """Return the factor of a product at a single position that the other one, a gate as large, is computed from."""
+    if node.target not in (*_PRODUCTS, "mul", "mul_") or any(_area(source) != 1 for source in sources):
+        return None
+    return next((source for source in sources if all(source in upstream(other) for other in sources)), None)
 
 
 def _area(node: fx.Node) -> int:
@@ -169,6 +177,16 @@ def _attention(path: str, main: list[fx.Node], spatial: fx.Node, merge: fx.Node)
             owner = str(node.meta.get(OWNER, path))
             return owner if owner.startswith(f"{path}.") else f"{path}.{node.name}"
     return None
+
+
+def _attended(main: list[fx.Node], spatial: fx.Node, merge: fx.Node) -> tuple[str, ...]:
+    """Return the values between `spatial` and `merge` that a side path reads, too."""
+    places = range(main.index(spatial), main.index(merge))
+    return tuple(
+        main[place].name
+        for place in places
+        if any(user is not main[place + 1] and SIZE in user.meta for user in main[place].users)
+    )
 
 
 def _conv(module: nn.Module, node: fx.Node) -> nn.Conv2d | None:

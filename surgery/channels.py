@@ -221,8 +221,10 @@ def _call(
         return None
     if isinstance(module, (Select, Scatter)) and source is not None:
         return _indexed(channels, module, path, source)
-    plain = not isinstance(module, _MIXING) and not any(True for _ in module.parameters())
-    if plain and source is not None and _width(node) in (None, channels.sizes[channels.find(source)]):
+    width = None if source is None else channels.sizes[channels.find(source)]
+    # A buffer with an entry for every channel, such as the kernel of a blurring pool, would have to be cut as well.
+    weights = any(True for _ in module.parameters()) or any(width in buffer.shape for buffer in module.buffers())
+    if source is not None and not weights and not isinstance(module, _MIXING) and _width(node) in (None, width):
         return source
     reason = f"{path} ({type(module).__name__}) uses it in a way that cannot be cut"
     return _opaque(channels, node, sources, reason, path)

@@ -153,7 +153,8 @@ class Editor:
         for place in ("body", "shortcut", "output"):
             if getattr(current, place) == old.name:
                 current = replace(current, **{place: new.name})  # type: ignore[arg-type]  # all three are names
-        self.architecture = self.architecture.with_block(current)
+        attended = tuple(new.name if name == old.name else name for name in current.attended)
+        self.architecture = self.architecture.with_block(replace(current, attended=attended))
 
     def sweep(self, at: Block | None) -> None:
         """Drop what nobody reads from a graph, and from the root what it was fed with."""
@@ -250,6 +251,7 @@ class Editor:
             shortcut=current.shortcut if current.shortcut in nodes else None,
             join=current.join if current.join in nodes else None,
             output=output.name,
+            attended=tuple(name for name in current.attended if name in nodes),
             split=current.split if current.split in called else None,
             merge=current.merge if current.merge in called else None,
             convs=tuple(conv for conv in current.convs if conv in called),

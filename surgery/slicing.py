@@ -78,8 +78,6 @@ def keep_branches(owner: SurgeryModule, block: Block, branches: Sequence[int], o
     Raises:
         RewriteError: If the channels of the branches are coupled to something outside of them.
     """
-    if block.merge is None:
-        raise RewriteError(f"{block.path}: no convolution joins its branches, so they cannot be cut apart")
     ranges = block.partition(of or block.cardinality)
     kept = sorted(set(branches))
     if not kept or kept[0] < 0 or kept[-1] >= len(ranges):
@@ -87,9 +85,7 @@ def keep_branches(owner: SurgeryModule, block: Block, branches: Sequence[int], o
             f"{block.path}: expected indices of its {len(ranges)} branches, at least one, found {list(branches)}"
         )
     indices = torch.cat([torch.arange(ranges[n].start, ranges[n].stop) for n in kept])
-    channels = channel_map(owner)
-    call = next(iter(owner.graph.find_nodes(op="call_module", target=block.merge.removeprefix(f"{block.path}."))))
-    hidden = channels.nodes["", call.all_input_nodes[0].name]
+    channels, hidden = _entering_merge(owner, block)
     for name, module in list(owner.named_modules()):
         if isinstance(module, Prunable):
             owner.set_submodule(name, module.pruned(kept))
@@ -99,6 +95,30 @@ def keep_branches(owner: SurgeryModule, block: Block, branches: Sequence[int], o
         channels=replace(block.channels, hidden=len(indices)),
         cardinality=len(kept) * block.cardinality // len(ranges),
     )
+
+
+def check_branches(owner: SurgeryModule, block: Block) -> None:
+    """Check that the branches of the block that `owner` computes can be cut apart, without cutting.
+
+    Raises:
+        RewriteError: If they cannot, with what holds them together.
+    """
+    channels, hidden = _entering_merge(owner, block)
+    first = block.branches[0]
+    if channels.sizes[channels.find(hidden)] != block.channels.hidden:
+        raise RewriteError(f"{block.path}: other channels enter {block.merge} than those of {block.spatial}")
+    _coupled(owner, channels, {hidden: torch.arange(first.stop)}, block.path, allow=("pruned",))
+
+
+def _entering_merge(owner: SurgeryModule, block: Block) -> tuple[ChannelMap, int]:
+    if block.merge is None:
+        raise RewriteError(f"{block.path}: no convolution joins its branches, so they cannot be cut apart")
+    channels = channel_map(owner)
+    call = next(iter(owner.graph.find_nodes(op="call_module", target=block.merge.removeprefix(f"{block.path}."))))
+    source = call.all_input_nodes[0].name
+    if ("", source) not in channels.nodes:
+        raise RewriteError(f"{block.path}: {source}, which {block.merge} reads, has no channels that can be followed")
+    return channels, channels.nodes["", source]
 
 
 def cut_widths(network: ConvertedNetwork, widths: Mapping[str, int | Sequence[int]]) -> list[str]:
@@ -145,17 +165,25 @@ def cut_spaces(
     Raises:
         RewriteError: If a space, or one coupled to it by a grouped convolution, cannot change.
     """
+    kept, prunable = _coupled(owner, channels, keep, where, allow)
+    sliced = []
+    for use in channels.uses:
+        if use.path not in prunable and _slice_use(owner, channels, use, kept):
+            sliced.append(use.path)
+    return sliced
+
+
+def _coupled(
+    owner: SurgeryModule, channels: ChannelMap, keep: Mapping[int, Tensor], where: str, allow: Sequence[str]
+) -> tuple[dict[int, Tensor], set[str]]:
+    """Return what stays of every coupled space, and the paths of the modules that cut themselves."""
     kept = {channels.find(space): indices for space, indices in keep.items()}
     _follow_links(channels, kept, where)
     prunable = {name for name, module in owner.named_modules() if isinstance(module, Prunable)} if allow else set()
     held = [pin.reason for space in kept for pin in channels.pins_of(space) if pin.path not in prunable]
     if held:
         raise RewriteError(f"{where}: these channels cannot be cut: {held[0]}")
-    sliced = []
-    for use in channels.uses:
-        if use.path not in prunable and _slice_use(owner, channels, use, kept):
-            sliced.append(use.path)
-    return sliced
+    return kept, prunable
 
 
 def _follow_links(channels: ChannelMap, kept: dict[int, Tensor], where: str) -> None:

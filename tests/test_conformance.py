@@ -57,27 +57,18 @@ def switched_off(model, criteria):
     return lambda images: full(images)[:, criteria["classes"]]
 
 
-@pytest.mark.parametrize("name", RESNEXTS)
+@pytest.mark.parametrize("name", [*RESNEXTS, "torchvision mobilenetv2", "timm efficientnet", "wide resnet"])
 def test_coded_keeps_every_law(name):
-    report = check_method("coded", {name: RESNEXTS[name]}, criteria={"classes": [3, 7]}, muted=switched_off)
+    build = tiny_networks()[name]
+    report = check_method("coded", {name: build}, criteria={"classes": [3, 7]}, muted=switched_off)
     assert report.held == {name: tuple(law for law in LAWS if law not in OPTIONAL)}
 
 
-def test_coded_refuses_the_other_families_with_a_reason():
-    others = {name: build for name, build in tiny_networks().items() if "resnext" not in name}
-    report = check_method("coded", {**others, "resnext": RESNEXTS["resnext"]}, laws=["installed"])
-    assert list(report.refused) == list(others)
-    for name, why in report.refused.items():
-        kind = "depthwise" if "mobilenet" in name else "plain"
-        assert f"expected a grouped convolution, found a {kind} block; use a ResNeXt, or pass branches=" in why
-
-
-def test_coded_forms_branches_of_depthwise_and_plain_blocks_when_told_how_many():
-    build = tiny_networks()["torchvision wide resnet"]
-    laws = ["preserves", "gradients", "saves_and_loads", "pruned_smaller", "pruned_equals_muted"]
+def test_coded_forms_as_many_branches_as_it_is_told_in_every_family():
+    laws = ["preserves", "gradients", "pruned_smaller", "pruned_equals_muted"]
     method = surgery_coded.Coded(branches=8)
-    report = check_method(method, {"wide": build}, criteria={"classes": [0]}, muted=switched_off, laws=laws)
-    assert report.held == {"wide": tuple(laws)}
+    report = check_method(method, tiny_networks(), criteria={"classes": [0]}, muted=switched_off, laws=laws)
+    assert report.held == dict.fromkeys(tiny_networks(), tuple(laws))
 
 
 def test_honest_method_keeps_every_law(monkeypatch):

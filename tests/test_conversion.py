@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from timm.models.convnext import ConvNeXt
 from torch import distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -147,13 +148,13 @@ def test_scripted_models_are_refused_with_the_cure():
 
 def test_nothing_converted_lists_a_reason_and_a_cure_for_each_block():
     with pytest.raises(NothingConverted) as caught:
-        surgery.convert(tiny_networks()["wide resnet"](), "coded", input_size=32)
-    assert [refusal.path for refusal in caught.value.refusals] == ["layer1.0", "layer2.0", "layer3.0"]
+        surgery.convert(ConvNeXt(depths=(1,) * 4, dims=(8,) * 4, num_classes=10), "coded", input_size=32)
+    assert [refusal.path for refusal in caught.value.refusals] == [f"stages.{n}.blocks.0" for n in range(4)]
     assert str(caught.value).splitlines() == [
-        "coded: no block of CifarResNet can be coded",
+        "coded: no block of ConvNeXt can be coded",
         *(
-            f"  layer{n}.0: expected a grouped convolution, found a plain block; use a ResNeXt, or pass branches="
-            for n in (1, 2, 3)
+            f"  stages.{n}.blocks.0: no dense convolution joins its branches, expected one; use a ResNeXt"
+            for n in range(4)
         ),
     ]
 

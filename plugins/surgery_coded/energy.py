@@ -6,7 +6,8 @@ sees (P x L, P = d * kernel area, L = output positions; for a 1x1 kernel simply 
 
     E_n = mean(t_n^2) = |W_n P_n|^2 / (C L) = <W_n^T W_n, P_n P_n^T> / (C L),
 
-two P x P Gram matrices in place of a tensor N times larger than the convolution's output.
+two P x P Gram matrices in place of a tensor N times larger than the convolution's output. With G_n = W_n^T W_n this is
+also the sum of p^T G_n p over the columns p of P_n. Where L is less than P that, or |W_n p|^2, needs less memory.
 
 Precision: the Gram matrices, the energies and the scale are float32 for float16 and bfloat16 inputs, also under
 autocast, and of the input's own dtype otherwise.
@@ -51,6 +52,8 @@ def branch_energies(
     with full_precision(hidden):
         kernel = (weight.shape[2], weight.shape[3])
         columns = branch_columns(hidden, branches, kernel, stride, padding, dilation)
+        if columns.shape[3] < columns.shape[2]:
+            return column_energies(columns, weight)
         count = weight.shape[0] * columns.shape[3]
         return gram_energies(column_grams(columns), weight_grams(weight, branches), count)
 
@@ -94,8 +97,14 @@ def join(
     if pointwise and _can_fuse(hidden, weight, bias, gain):
         fused: Callable[..., tuple[Tensor, Tensor]] = _PointwiseJoin.apply
         return fused(hidden, weight, bias, gain, active, total)
-    joined = _join(hidden, weight, bias, gain, active, total, stride, padding, dilation)
-    return joined.output, joined.energies
+    if pointwise:
+        joined = _join(hidden, weight, bias, gain, active, total)
+        return joined.output, joined.energies
+    branches = gain.shape[1]
+    raw = branch_energies(hidden, weight, branches, stride=stride, padding=padding, dilation=dilation)
+    scale, energies = normalize(raw * active, total)
+    x = hidden * channel_factors(gain * scale.unsqueeze(1), hidden)
+    return F.conv2d(x, weight, bias, stride, padding, dilation), energies
 
 
 def branch_columns(
@@ -145,6 +154,24 @@ def gram_energies(columns: Tensor, weights: Tensor, count: int) -> Tensor:
     return products.squeeze(2).t().div(count).clamp_min(0.0)
 
 
+def column_energies(columns: Tensor, weight: Tensor) -> Tensor:
+    """Return the energies column by column: (B, N, P, L) and (C, N*d, kh, kw) to (B, N).
+
+    Of |W_n p|^2 and p^T G_n p that with fewer products is taken; G_n itself costs C P^2.
+    """
+    batch, branches, reach, positions = columns.shape
+    channels = weight.shape[0]
+    batched = columns.permute(1, 2, 0, 3).flatten(2)  # (N, P, B*L)
+    # Exported programs are to hold for every batch size, so that they must not depend on this choice.
+    fewer = not _is_traced() and channels * batch * positions < reach * (batch * positions + channels)
+    if fewer:
+        squares = torch.bmm(weight_slices(weight.to(columns.dtype), branches), batched).square()
+    else:
+        squares = torch.bmm(weight_grams(weight, branches), batched) * batched
+    totals: Tensor = squares.sum(dim=1).unflatten(1, (-1, positions)).sum(dim=2).t()
+    return totals.div(channels * positions).clamp_min(0.0)
+
+
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     """Return float32 for half-precision tensors and the tensor's own dtype otherwise."""
     return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
@@ -162,7 +189,7 @@ def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 class _Joined(NamedTuple):
-    output: Tensor  # (B, C, H', W')
+    output: Tensor  # (B, C, H, W)
     energies: Tensor  # (B, N), normalized
     scale: Tensor  # (B,)
     grams: Tensor  # (N, P, P), of the weight
@@ -176,19 +203,15 @@ def _join(
     gain: Tensor,
     active: Tensor,
     total: int,
-    stride: Pair = (1, 1),
-    padding: Pair = (0, 0),
-    dilation: Pair = (1, 1),
 ) -> _Joined:
     branches = gain.shape[1]
-    kernel = (weight.shape[2], weight.shape[3])
-    columns = branch_columns(hidden, branches, kernel, stride, padding, dilation)
+    columns = branch_columns(hidden, branches)
     grams = weight_grams(weight, branches)
     patch_grams = column_grams(columns)
     raw = gram_energies(patch_grams, grams, weight.shape[0] * columns.shape[3])
     scale, energies = normalize(raw * active, total)
     x = hidden * channel_factors(gain * scale.unsqueeze(1), hidden)
-    return _Joined(F.conv2d(x, weight, bias, stride, padding, dilation), energies, scale, grams, patch_grams)
+    return _Joined(F.conv2d(x, weight, bias), energies, scale, grams, patch_grams)
 
 
 def channel_factors(factors: Tensor, hidden: Tensor) -> Tensor:
@@ -203,10 +226,14 @@ def channel_factors(factors: Tensor, hidden: Tensor) -> Tensor:
 def _can_fuse(hidden: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor) -> bool:
     # Compilers, exporters and the counting of operations must see plain operations; compilers also choose themselves
     # what to recompute.
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or not torch.is_grad_enabled():
+    if _is_traced() or not torch.is_grad_enabled():
         return False
     trained = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     return trained and not gain.requires_grad
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 class _PointwiseJoin(torch.autograd.Function):

@@ -73,13 +73,18 @@ def masked_join(
         raise UnsupportedModel("coded: gradient='masked' does not run under torch.compile; train it uncompiled")
     stride, padding, dilation = geometry
     raw = energy.branch_energies(hidden, weight, gain.shape[1], stride=stride, padding=padding, dilation=dilation)
-    scale, energies = energy.normalize(_mask_gradient(raw, mask) * active, total)
-    x = _mask_gradient(hidden, mask) * energy.channel_factors(gain * scale.unsqueeze(1), hidden)
+    scale, energies = energy.normalize(mask_gradient(raw, mask) * active, total)
+    x = mask_gradient(hidden, mask) * energy.channel_factors(gain * scale.unsqueeze(1), hidden)
     output: Tensor = _MaskedConvolution.apply(x, weight, bias, geometry, mask)  # type: ignore[no-untyped-call]
     return output, energies
 
 
-def _mask_gradient(value: Tensor, mask: GradientMask) -> Tensor:
+def mask_gradient(value: Tensor, mask: GradientMask) -> Tensor:
+    """Return `value`, whose gradient becomes zero in the inactive branches of each sample.
+
+    Shape:
+        value (B, N) or (B, N*d, H, W), the same.
+    """
     masked: Tensor = _Masked.apply(value, mask)  # type: ignore[no-untyped-call]
     return masked
 

@@ -16,7 +16,7 @@ from surgery.method import Preserves
 from surgery_coded.gradients import GradientMask
 from surgery_coded.loss import coding_loss, target_codewords
 from surgery_coded.modules import CodedConv2d
-from surgery_coded.pruner import plan_classes
+from surgery_coded.pruner import branch_switches, coded_blocks, plan_classes
 from surgery_coded.scheme import CodingScheme
 from surgery_coded.transform import SchemeOption, encode
 
@@ -27,11 +27,12 @@ class Coded(Method):
 
     Attributes:
         scheme: Stage name -> ratio of active branches such as "16/32", or a `CodingScheme`. Default: 1/2 and 1/4 in the
-            last two stages, 1 elsewhere. Blocks with ratio 1 stay untouched.
+            last two stages that can be coded, 1 elsewhere. Blocks with ratio 1 stay untouched.
         mu: Weight of the coding loss; 6 on CIFAR, 2 on ImageNet in the paper.
         p_drop: Probability in [0, 1) with which a branch is dropped from a sample in training.
         exponent: Power of the coding loss.
-        branches: Into how many branches a block's channels are grouped; default: the groups of its convolution.
+        branches: Into how many branches the channels of every block are divided; default: the groups of a grouped
+            convolution, else what the scheme names, else the largest common divisor of the stage's widths up to 32.
         gradient: "loss" for the coding loss; "masked" for none, with branches that learn from their own classes only.
 
     Reference: Coded ResNeXt (2022), sections 3.1 to 3.3.
@@ -68,8 +69,10 @@ class Coded(Method):
         """Replace the convolution that joins the branches of each coded block."""
         encode(architecture, rewriter, self.scheme, self.branches, self.p_drop)
         if self.gradient == "masked":
-            for module in coded_modules(rewriter.network):
+            for block, module in coded_blocks(rewriter.network):
                 module.gradient_mask = GradientMask()
+                for switch in branch_switches(rewriter.network, block):
+                    switch.gradient_mask = module.gradient_mask
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         """Return {"coding": mu * sum of the blocks' coding losses} (Eq. 6), or nothing where gradients are masked.

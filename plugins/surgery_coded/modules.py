@@ -1,4 +1,4 @@
-"""The modules that a coded network contains: the coded merge convolution and the dropping of whole branches.
+"""The modules of a coded network: the coded merge convolution, the dropping of branches, and their switch.
 
 With t_n the output of branch n, s = 1 / sqrt(sum_n E(t_n) / N + EPS) and m_n the dropSubNN mask, a coded merge returns
 
@@ -23,7 +23,7 @@ from surgery.errors import InvalidOption, PruneError, UnsupportedModel
 from surgery.taps import Tap
 from surgery_coded import energy
 from surgery_coded.energy import Pair
-from surgery_coded.gradients import GradientMask, masked_join
+from surgery_coded.gradients import GradientMask, mask_gradient, masked_join
 
 
 class CodedConv2d(nn.Module):
@@ -208,6 +208,51 @@ class BranchDropout(nn.Module):
     def extra_repr(self) -> str:
         """Return the options for `print(model)`."""
         return f"p={self.p}, branches={self.branches}"
+
+
+class BranchSwitch(nn.Module):
+    """Switch branches off before something mixes them; the identity while none is off.
+
+    An attention between the branches and their merge reads all of them. With the inactive ones zero it computes what it
+    does after their removal.
+
+    Args:
+        branches: N.
+
+    Attributes:
+        active: None, or (N,) or (B, N) of zeros and ones. Settable; not in the state dict.
+        gradient_mask: Where set, inactive branches get no gradient through the attention either; that of the merge.
+
+    Shape:
+        x (B, N*d, H, W), the same.
+    """
+
+    active: Tensor | None
+
+    def __init__(self, branches: int) -> None:
+        super().__init__()
+        self.branches = branches
+        self.register_buffer("active", None, persistent=False)
+        self.gradient_mask: GradientMask | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x`, with zeros in the inactive branches."""
+        if self.gradient_mask is not None and self.training and torch.is_grad_enabled():
+            x = mask_gradient(x, self.gradient_mask)
+        if self.active is None:
+            return x
+        return x * energy.channel_factors(torch.atleast_2d(self.active), x)
+
+    def pruned(self, keep: Sequence[int]) -> BranchSwitch:
+        """Return the switch of the branches `keep`, in that order."""
+        twin = BranchSwitch(len(keep))
+        if self.active is not None:
+            twin.active = self.active.index_select(-1, torch.tensor(list(keep), device=self.active.device))
+        return twin.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Return the size for `print(model)`."""
+        return f"branches={self.branches}"
 
 
 def _check_conv(conv: nn.Conv2d, codewords: Tensor, where: str) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from surgery import Architecture, Block, ConvertedNetwork, Cut, PrunePlan
 from surgery.errors import InvalidOption
-from surgery_coded.modules import CodedConv2d
+from surgery_coded.modules import BranchSwitch, CodedConv2d
 
 
 def plan_classes(model: ConvertedNetwork, classes: Sequence[int]) -> PrunePlan:
@@ -52,6 +52,11 @@ def coded_blocks(model: ConvertedNetwork) -> Iterator[tuple[Block, CodedConv2d]]
             yield block, module
 
 
+def branch_switches(model: ConvertedNetwork, block: Block) -> list[BranchSwitch]:
+    """Return what switches the branches of a block off before its attention; none where it has no attention there."""
+    return [module for module in model.block(block.path).children() if isinstance(module, BranchSwitch)]
+
+
 def active_branches(module: CodedConv2d, classes: Sequence[int]) -> list[int]:
     """Return the branches of a coded block that any of `classes` uses, ascending."""
     used = module.codewords.cpu()[list(classes)].any(dim=0)
@@ -69,10 +74,10 @@ def switch_branches(model: ConvertedNetwork, block: str, active: torch.Tensor | 
     Raises:
         InvalidOption: If the block is not coded, or `active` is of another shape.
     """
-    modules = {found.path: module for found, module in coded_blocks(model)}
-    if block not in modules:
-        raise InvalidOption(f"coded: {block!r} is no coded block, expected one of {', '.join(modules) or 'none'}")
-    module = modules[block]
+    blocks = {found.path: (found, module) for found, module in coded_blocks(model)}
+    if block not in blocks:
+        raise InvalidOption(f"coded: {block!r} is no coded block, expected one of {', '.join(blocks) or 'none'}")
+    found, module = blocks[block]
     if active is not None:
         if active.ndim not in (1, 2) or active.shape[-1] != module.branches:
             raise InvalidOption(
@@ -81,6 +86,8 @@ def switch_branches(model: ConvertedNetwork, block: str, active: torch.Tensor | 
             )
         active = active.to(module.weight.device, module.weight.dtype)
     module.active = active
+    for switch in branch_switches(model, found):
+        switch.active = active
 
 
 def mask_branches(model: ConvertedNetwork, classes: Sequence[int]) -> ConvertedNetwork:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import groupby
-from math import comb
+from math import comb, gcd
 from typing import Any
 
 from torch import nn
 
 from surgery import Architecture, Block, NothingConverted, Refusal, Rewriter, Stage
-from surgery.errors import InvalidOption
-from surgery_coded.modules import BranchDropout, CodedConv2d
+from surgery.errors import InvalidOption, RewriteError
+from surgery.slicing import check_branches
+from surgery_coded.modules import BranchDropout, BranchSwitch, CodedConv2d
 from surgery_coded.scheme import CodingScheme
+from surgery_coded.words import MAX_BRANCHES
 
 SchemeOption = Mapping[str, "str | CodingScheme | Mapping[str, Any]"]
 _DEFAULT_RATIOS = (Fraction(1, 2), Fraction(1, 4))
+_MOST_FORMED = 32  # branches that a partition gives unasked
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,12 @@ def encode(
         NothingConverted: If no block can be coded, with the reason for each.
         InvalidOption: If a scheme does not fit its stage, or a ratio has no scheme.
     """
-    usable, refusals = usable_blocks(architecture, branches)
-    stages = _coded_stages(architecture, rewriter, scheme, usable, branches, refusals)
+    classes = architecture.head.classes
+    if classes is None:
+        raise NothingConverted("coded: the number of classes is unknown, because no classifier was found at the end")
+    usable, refusals = usable_blocks(architecture, rewriter)
+    site = _Site(architecture, rewriter, classes, branches, usable, refusals)
+    stages = _default_stages(site) if scheme is None else _asked_stages(site, scheme)
     if not stages:
         raise NothingConverted(
             f"coded: no block of {architecture.name} can be coded", (*refusals, *architecture.refusals)
@@ -48,12 +56,12 @@ def encode(
         _encode_run(rewriter, [coded for coded in run if coded], p_drop)
 
 
-def usable_blocks(architecture: Architecture, branches: int | None) -> tuple[dict[str, list[Block]], list[Refusal]]:
+def usable_blocks(architecture: Architecture, rewriter: Rewriter) -> tuple[dict[str, list[Block]], list[Refusal]]:
     """Return the blocks of each stage whose branches can be told apart at the merge, and why the others cannot."""
     usable: dict[str, list[Block]] = {}
     refusals: list[Refusal] = []
     for block in architecture.blocks:
-        refusal = _refusal(block, branches)
+        refusal = _refusal(block, rewriter)
         if refusal:
             refusals.append(refusal)
         else:
@@ -61,107 +69,149 @@ def usable_blocks(architecture: Architecture, branches: int | None) -> tuple[dic
     return usable, refusals
 
 
-def _refusal(block: Block, branches: int | None) -> Refusal | None:
+@dataclass(frozen=True)
+class _Site:
+    """What the stages are chosen from; `refusals` grows while they are."""
+
+    architecture: Architecture
+    rewriter: Rewriter
+    classes: int
+    branches: int | None
+    usable: Mapping[str, list[Block]]
+    refusals: list[Refusal]
+
+    def search(self, stage: str, active: int, branches: int) -> CodingScheme:
+        """Return the scheme that is searched for a stage; it is stored in the record."""
+        found = self.rewriter.decide(
+            f"scheme/{stage}", lambda: CodingScheme.search(self.classes, branches, active).to_dict()
+        )
+        return CodingScheme.from_dict(found)
+
+
+def _refusal(block: Block, rewriter: Rewriter) -> Refusal | None:
     if block.merge is None:
         return Refusal(block.path, "no dense convolution joins its branches, expected one", "use a ResNeXt")
-    if block.attention is not None:
+    if block.merge != block.convs[-1]:
         return Refusal(
             block.path,
-            f"{block.attention} mixes the branches before they are joined",
-            "use a network without it inside the block",
+            f"{block.convs[-1]} follows {block.merge}, expected the convolution that joins the branches at the end",
+            "use a network whose blocks end with it",
         )
-    if branches is None and block.kind != "grouped":
-        return Refusal(
-            block.path,
-            f"expected a grouped convolution, found a {block.kind} block",
-            "use a ResNeXt, or pass branches=",
-        )
-    if branches is not None and block.cardinality % branches:
-        return Refusal(
-            block.path,
-            f"its {block.cardinality} branches cannot form {branches}",
-            f"pass a divisor of {block.cardinality}",
-        )
+    forward = type(rewriter.module(block.merge)).forward
+    if forward is not nn.Conv2d.forward:
+        kind = type(rewriter.module(block.merge)).__name__
+        return Refusal(block.path, f"{block.merge} is a {kind}, expected a plain Conv2d", "use another network")
+    try:
+        check_branches(rewriter.network.block(block.path), block)
+    except RewriteError as error:
+        reason = str(error).removeprefix(f"{block.path}: ").removeprefix("these channels cannot be cut: ")
+        where = f"{block.attention} mixes the branches before they are joined"
+        where = where if block.attention else "its branches cannot be cut apart"
+        return Refusal(block.path, f"{where}: {reason}", "use a network without it")
     return None
 
 
-def _coded_stages(
-    architecture: Architecture,
-    rewriter: Rewriter,
-    option: SchemeOption | None,
-    usable: Mapping[str, list[Block]],
-    branches: int | None,
-    refusals: list[Refusal],
-) -> list[CodedStage]:
-    classes = architecture.head.classes
-    if classes is None:
-        raise NothingConverted("coded: the number of classes is unknown, because no classifier was found at the end")
-    wanted = dict(option) if option is not None else _default_ratios(architecture, usable, branches, classes, refusals)
-    stages = []
-    for name, value in wanted.items():
-        stage = architecture.stage(name)
-        width = _branches_of(stage, usable, branches)
-        scheme = _resolve(rewriter, name, value, classes, width)
-        if scheme is None:
-            refusals.append(Refusal(name, "its ratio is 1, which leaves it untouched", "choose a ratio below 1"))
+def _default_stages(site: _Site) -> list[CodedStage]:
+    """Return the last two stages that can be coded, at 1/2 and 1/4 or the next ratio that has enough codewords."""
+    found: list[tuple[Stage, tuple[Block, ...], int]] = []
+    for stage in reversed(site.architecture.stages):
+        if len(found) == len(_DEFAULT_RATIOS):
+            break
+        blocks, branches = _divide(site, stage.name, None)
+        if not blocks:
+            continue
+        if comb(branches, branches // 2) < site.classes:
+            reason = f"{branches} branches have too few codewords for {site.classes} classes"
+            site.refusals.append(Refusal(stage.name, reason, "use a wider network"))
         else:
-            stages.append(CodedStage(stage, tuple(usable[name]), scheme))
-    order = [stage.name for stage in architecture.stages]
+            found.append((stage, blocks, branches))
+    stages = []
+    for (stage, blocks, branches), ratio in zip(found, reversed(_DEFAULT_RATIOS), strict=False):
+        first = max(1, round(ratio * branches))
+        active = next(n for n in range(first, branches) if comb(branches, n) >= site.classes)
+        stages.append(CodedStage(stage, blocks, site.search(stage.name, active, branches)))
+    return stages[::-1]
+
+
+def _asked_stages(site: _Site, option: SchemeOption) -> list[CodedStage]:
+    stages = []
+    for name, value in option.items():
+        stage = site.architecture.stage(name)
+        if not isinstance(value, str | CodingScheme | Mapping):
+            raise InvalidOption(
+                f"scheme: stage {name!r} has {value!r}, expected a ratio such as '8/32' or a CodingScheme"
+            )
+        blocks, branches = _divide(site, name, _named(value))
+        if not blocks:
+            here = [stage.name, *(block.path for block in stage.blocks)]
+            reasons = "; ".join(dict.fromkeys(str(refusal) for refusal in site.refusals if refusal.path in here))
+            raise InvalidOption(f"scheme: stage {name!r} has no block that can be coded ({reasons}); leave it out")
+        scheme = _resolve(site, name, value, branches)
+        if scheme is None:
+            site.refusals.append(Refusal(name, "its ratio is 1, which leaves it untouched", "choose a ratio below 1"))
+        else:
+            stages.append(CodedStage(stage, blocks, scheme))
+    order = [stage.name for stage in site.architecture.stages]
     return sorted(stages, key=lambda coded: order.index(coded.stage.name))
 
 
-def _branches_of(stage: Stage, usable: Mapping[str, list[Block]], branches: int | None) -> int:
-    widths = {branches or block.cardinality for block in usable.get(stage.name, [])}
-    if len(widths) != 1:
-        found = f"blocks of {'/'.join(map(str, sorted(widths)))} branches" if widths else "no block that can be coded"
+def _named(value: str | CodingScheme | Mapping[str, Any]) -> int | None:
+    """Return the number of branches that a scheme names: "16/32" does, "1/2" is a bare ratio, as is any "1/...".
+
+    As written, since the fraction in lowest terms no longer tells them apart. One active branch of N, which "1/N" could
+    also mean, has codewords for N classes at most.
+    """
+    if isinstance(value, str):
+        written = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", value)
+        active, branches = (int(part) for part in written.groups()) if written else (1, 0)
+        return branches if 1 < active < branches else None
+    named = value.branches if isinstance(value, CodingScheme) else value.get("branches")
+    return named if isinstance(named, int) and named > 0 else None
+
+
+def _divide(site: _Site, stage: str, named: int | None) -> tuple[tuple[Block, ...], int]:
+    """Return the blocks of a stage that can be coded, none if so, and into how many branches each is divided.
+
+    Raises:
+        InvalidOption: If the number that a scheme names does not divide the channels of every block.
+    """
+    blocks = tuple(site.usable.get(stage, ()))
+    cardinalities = sorted({block.cardinality for block in blocks})
+    common = gcd(*cardinalities)
+    is_grouped = len(cardinalities) == 1 and common <= MAX_BRANCHES and all(b.kind == "grouped" for b in blocks)
+    if site.branches is not None and (is_grouped or named is None):
+        for block in blocks:
+            if block.cardinality % site.branches:
+                reason = f"its {block.cardinality} branches cannot form {site.branches}"
+                site.refusals.append(Refusal(block.path, reason, f"pass a divisor of {block.cardinality}"))
+        return tuple(block for block in blocks if block.cardinality % site.branches == 0), site.branches
+    if is_grouped and common > 1:
+        return blocks, common
+    found = "/".join(map(str, cardinalities))
+    divisors = [n for n in range(2, common + 1) if common % n == 0]
+    if named is not None and blocks and named not in divisors:
         raise InvalidOption(
-            f"scheme: stage {stage.name!r} has {found}, expected one number of branches; pass branches= or leave it out"
+            f"scheme: stage {stage!r} has blocks of {found} channels, which cannot form {named} equal branches; "
+            f"expected one of {', '.join(map(str, divisors))}"
         )
-    return next(iter(widths))
+    formed = named or max((n for n in divisors if n <= _MOST_FORMED), default=0)
+    if not formed and blocks:
+        site.refusals.append(Refusal(stage, f"its blocks of {found} channels have no common divisor", "leave it out"))
+    return (blocks, formed) if formed else ((), 0)
 
 
-def _default_ratios(
-    architecture: Architecture,
-    usable: Mapping[str, list[Block]],
-    branches: int | None,
-    classes: int,
-    refusals: list[Refusal],
-) -> dict[str, str]:
-    """Return ratio 1/2 and 1/4 for the last two stages, or the next larger ratio that has enough codewords."""
-    ratios: dict[str, str] = {}
-    last = architecture.stages[-len(_DEFAULT_RATIOS) :]
-    for stage, ratio in zip(last, _DEFAULT_RATIOS[len(_DEFAULT_RATIOS) - len(last) :], strict=True):
-        widths = {branches or block.cardinality for block in usable.get(stage.name, [])}
-        if len(widths) != 1:
-            continue
-        width = next(iter(widths))
-        first = max(1, round(ratio * width))
-        active = next((n for n in range(first, width) if comb(width, n) >= classes), None)
-        if active is None:
-            refusals.append(
-                Refusal(
-                    stage.name, f"{width} branches have too few codewords for {classes} classes", "use a wider network"
-                )
-            )
-        else:
-            ratios[stage.name] = f"{active}/{width}"
-    return ratios
-
-
-def _resolve(rewriter: Rewriter, stage: str, value: object, classes: int, branches: int) -> CodingScheme | None:
-    """Return the scheme of a stage, or None for ratio 1; a searched one is stored in the record."""
-    if not isinstance(value, str | CodingScheme | Mapping):
-        raise InvalidOption(f"scheme: stage {stage!r} has {value!r}, expected a ratio such as '8/32' or a CodingScheme")
+def _resolve(
+    site: _Site, stage: str, value: str | CodingScheme | Mapping[str, Any], branches: int
+) -> CodingScheme | None:
+    """Return the scheme of a stage, or None for ratio 1."""
     if isinstance(value, str):
         active = _active(stage, value, branches)
-        if active == branches:
-            return None
-        value = rewriter.decide(f"scheme/{stage}", lambda: CodingScheme.search(classes, branches, active).to_dict())
+        return None if active == branches else site.search(stage, active, branches)
     scheme = value if isinstance(value, CodingScheme) else CodingScheme.from_dict(value)
-    if (scheme.classes, scheme.branches) != (classes, branches):
+    if (scheme.classes, scheme.branches) != (site.classes, branches):
         raise InvalidOption(
-            f"scheme: stage {stage!r} has {branches} branches and the network {classes} classes, found a scheme for "
-            f"{scheme.classes} classes over {scheme.branches} branches; use CodingScheme.search({classes}, "
+            f"scheme: stage {stage!r} has {branches} branches and the network {site.classes} classes, found a scheme "
+            f"for {scheme.classes} classes over {scheme.branches} branches; use CodingScheme.search({site.classes}, "
             f"{branches}, ...)"
         )
     return scheme
@@ -202,6 +252,8 @@ def _encode_run(rewriter: Rewriter, run: list[CodedStage], p_drop: float) -> Non
         )
     for block in blocks:
         assert block.merge is not None
+        for value in block.attended:
+            rewriter.insert(BranchSwitch(scheme.branches), value, at=block, role="switch")
         conv = rewriter.module(block.merge)
         assert isinstance(conv, nn.Conv2d)
         extra = () if mask is None else (rewriter.feed(mask, into=block),)

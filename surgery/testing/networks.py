@@ -24,7 +24,7 @@ _RANGES = {"weight": (0.5, 1.5), "bias": (-0.2, 0.2), "running_mean": (-0.2, 0.2
 
 
 def tiny_networks() -> Mapping[str, Build]:
-    """Return builders of small networks by name: ResNeXt, MobileNetV2 and WideResNet, each by torchvision and by timm.
+    """Return builders of small networks by name: ResNeXt, MobileNetV2 and WideResNet of both libraries, EfficientNet.
 
     Every builder returns the same weights each time, in which every norm has its own scale, shift and statistics, so
     that no block is the identity and no two channels are alike. They are made for images of 32 x 32.
@@ -34,7 +34,8 @@ def tiny_networks() -> Mapping[str, Build]:
         "torchvision resnext": partial(_torchvision_resnet, groups=8, width_per_group=4),
         "timm resnext": partial(_timm_resnet, cardinality=8, base_width=16),
         "torchvision mobilenetv2": _torchvision_mobilenet,
-        "timm mobilenetv2": _timm_mobilenet,
+        "timm mobilenetv2": partial(_timm_efficientnet, "", nn.ReLU6),
+        "timm efficientnet": partial(_timm_efficientnet, "_se0.25", nn.SiLU),
         "wide resnet": partial(_cifar, wide_resnet(10, 1)),
         "torchvision wide resnet": partial(_torchvision_resnet, groups=1, width_per_group=16),
         "timm wide resnet": partial(_timm_resnet, cardinality=1, base_width=128),
@@ -107,8 +108,8 @@ def _torchvision_mobilenet() -> nn.Module:
     return model
 
 
-def _timm_mobilenet() -> nn.Module:
-    stages = [["ds_r1_k3_s1_c8"], ["ir_r2_k3_s2_e4_c16"], ["ir_r2_k3_s2_e4_c24"]]
+def _timm_efficientnet(attention: str, act_layer: type[nn.Module]) -> nn.Module:
+    stages = [[f"{stage}{attention}"] for stage in ("ds_r1_k3_s1_c8", "ir_r2_k3_s2_e4_c16", "ir_r2_k3_s2_e4_c24")]
     return EfficientNet(
-        decode_arch_def(stages), num_classes=CLASSES, num_features=64, stem_size=8, act_layer=nn.ReLU6, fix_stem=True
+        decode_arch_def(stages), num_classes=CLASSES, num_features=64, stem_size=8, act_layer=act_layer, fix_stem=True
     )
