@@ -30,8 +30,7 @@ def render() -> str:
     lines = [HEAD]
     for path in sorted((HERE / "results").glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        kind = path.stem.partition("-")[0]
-        lines += {"coded": coded, "core": core, "coverage": coverage}[kind](result)
+        lines += RENDERERS[path.stem.partition("-")[0]](result)
     return "\n".join(lines) + "\n"
 
 
@@ -83,6 +82,154 @@ def coverage(result: Mapping[str, Any]) -> Iterator[str]:
     yield from table(("what", "networks"), [(name, str(count)) for name, count in result["totals"].items()])
 
 
+def schemes(result: Mapping[str, Any]) -> Iterator[str]:
+    def figures(found: Mapping[str, Any] | None) -> tuple[str, str]:
+        return (str(found["min_distance"]), "{}..{}".format(*found["column_sums"])) if found else ("", "")
+
+    yield "## Coding schemes\n"
+    yield machine(result)
+    yield "Searched anew, in CPU seconds; an upper bound that is reached proves the minimum distance optimal.\n"
+    yield from table(
+        (
+            "classes, active branches",
+            *("min. distance", "column sums", "upper bound", "the paper's distance", "its sums", "seconds", "method"),
+        ),
+        [
+            (
+                size(row),
+                *figures(row),
+                f"{row['upper_bound']}{', reached' if row['proven_optimal'] else ''}",
+                *figures(row["paper"]),
+                f"{row['seconds']:.2f}",
+                row["method"],
+            )
+            for row in result["schemes"]
+        ],
+    )
+    yield from assignments(result)
+
+
+def assignments(result: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        "Mean number of branches that two classes share, by the depth of their deepest common ancestor (0 is the root) "
+        "in a made-up tree, for codewords handed out at random and by `assign`.\n"
+    )
+    yield from table(
+        ("classes, active branches", "classes of a group", "at random", "assigned", "most possible", "seconds"),
+        [
+            (
+                size(row),
+                ", ".join(map(str, row["group_sizes"])),
+                *(" / ".join(f"{mean:.2f}" for mean in row[order]) for order in ("random", "assigned")),
+                str(row["most"]),
+                f"{row['seconds']:.2f}",
+            )
+            for row in result["assignment"]
+        ],
+    )
+
+
+def size(row: Mapping[str, Any]) -> str:
+    return f"{row['classes']}, {row['active']}/{row['branches']}"
+
+
+def published(result: Mapping[str, Any]) -> Iterator[str]:
+    yield "## What the Coded ResNeXt paper prints, and what is counted here\n"
+    yield from table(
+        ("", "published", "here"), [(row["what"], row["published"], row["here"]) for row in result["rows"]]
+    )
+    yield (
+        "The GFLOPs of Table 5 count BN as in train mode, and for each coded block 3 N C H W for the branch outputs, "
+        "which this library never computes.\n"
+    )
+
+
+def claims(result: Mapping[str, Any]) -> Iterator[str]:
+    runs: Mapping[str, Sequence[Mapping[str, Any]]] = result["variants"]
+    coded_runs = runs["coded"]
+    yield f"## Claims of Coded ResNeXt, tried: {result['what']}\n"
+    yield machine(result)
+    yield (
+        f'Mean (smallest to largest) of {len(coded_runs)} seeds, in %. "coded" has mu = 6 and p_drop = 0.1; the '
+        "others differ from it in what their name says. Precision and recall are those of the first one-class networks "
+        "against nine negatives for each positive.\n"
+    )
+    blocks = list(coded_runs[0]["decoders"])
+    yield from table(
+        ("variant", "accuracy", *(f"decoder {block}" for block in blocks), "precision", "recall"),
+        [
+            (
+                name,
+                percent([run["accuracy"] for run in found]),
+                *(percent([run["decoders"][b] for run in found if "decoders" in run]) for b in blocks),
+                *(percent([run["binary"][key] for run in found if "binary" in run]) for key in ("precision", "recall")),
+            )
+            for name, found in runs.items()
+        ],
+    )
+    yield "Accuracy without some branches of one block, drawn for each image from those of its class or the others:\n"
+    yield from table(
+        ("variant", "block", "none", "half of the active", "all active", "as many inactive", "all inactive"),
+        [
+            (name, block, *(percent(column) for column in removed))
+            for name, found in runs.items()
+            for block, removed in removals(found)
+        ],
+    )
+    yield from claims_of_coded(coded_runs)
+
+
+def removals(found: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[list[float]]]]:
+    """Yield a block and its accuracies: none, half the active, all active, as many inactive, all inactive."""
+    for entries in zip(*(run.get("removal", []) for run in found), strict=True):
+        active, inactive = ([int(k) for k in entries[0][kind]] for kind in ("active", "inactive"))
+        most = max(active)
+        places = [
+            ("active", 0),
+            ("active", most // 2),
+            ("active", most),
+            ("inactive", most),
+            ("inactive", max(inactive)),
+        ]
+        yield entries[0]["block"], [[entry[kind][str(k)] for entry in entries] for kind, k in places]
+
+
+def claims_of_coded(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Render agreement and calibration of the coded variant."""
+    yield "Coded: test images by the number of early decoders that agree with the final prediction:\n"
+    yield from table(
+        ("decoders that agree", "share of the images", "accuracy on them"),
+        [
+            (
+                str(number),
+                percent([run["agreement"]["share"][number] for run in found]),
+                percent([run["agreement"]["accuracy"][number] for run in found]),
+            )
+            for number in range(len(found[0]["agreement"]["share"]))
+        ],
+    )
+    columns = [(h, i) for h in ("h_T", "h_aug") for i in (0, 1)]
+    yield "Coded: ECE and MCE with 15 bins, means over 40 random splits:\n"
+    yield from table(
+        ("part fitted on", "h_T: ECE", "MCE", "h_aug: ECE", "MCE"),
+        [
+            (
+                f"{100 * float(share):.0f} %",
+                *(percent([run["calibration"][share][h][i] for run in found]) for h, i in columns),
+            )
+            for share in found[0]["calibration"]
+        ],
+    )
+
+
+def percent(values: Sequence[float]) -> str:
+    """Return mean, smallest and largest of the shares that are numbers, in percent."""
+    known = [100 * value for value in values if value == value]
+    if not known:
+        return ""
+    return f"{sum(known) / len(known):.1f} ({min(known):.1f} to {max(known):.1f})"
+
+
 def machine(result: Mapping[str, Any]) -> str:
     env = result["environment"]
     packages = ", ".join(f"{name} {version}" for name, version in env["packages"].items())
@@ -104,6 +251,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
         yield "| " + " | ".join(row) + " |"
     yield ""
 
+
+RENDERERS = {
+    "claims": claims,
+    "coded": coded,
+    "core": core,
+    "coverage": coverage,
+    "published": published,
+    "schemes": schemes,
+}
 
 if __name__ == "__main__":
     main()

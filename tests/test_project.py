@@ -224,10 +224,14 @@ def test_core_imports_no_plugin_and_only_what_it_declares(path):
 
 
 @pytest.mark.parametrize("path", PLUGINS, ids=named)
-def test_plugins_import_the_core_torch_numpy_and_themselves(path):
+def test_plugins_import_the_core_torch_numpy_scipy_and_themselves(path):
     own = path.relative_to(ROOT / "plugins").parts[0]
-    allowed = set(sys.stdlib_module_names) | {"surgery", "torch", "numpy", own}
-    assert imports(path) <= allowed, f"{named(path)} imports {imports(path) - allowed}"
+    allowed = set(sys.stdlib_module_names) | {"surgery", "torch", "numpy", "scipy", own}
+    drawing = {"matplotlib"}  # an extra: only where a figure is drawn
+    assert imports(path) <= allowed | drawing, f"{named(path)} imports {imports(path) - allowed - drawing}"
+    for node in tree_of(path).body:
+        text = ast.unparse(node) if isinstance(node, (ast.Import, ast.ImportFrom)) else ""
+        assert "matplotlib" not in text, f"{named(path)} needs matplotlib as soon as it is imported"
 
 
 def test_every_plugin_is_one_folder_one_entry_point_and_one_folder_of_tests():

@@ -1,6 +1,8 @@
 """Coded ResNeXt: every class flows through its own branches."""
 
 from surgery import Method, hookimpl
+from surgery_coded.assignment import assign as assign
+from surgery_coded.assignment import taxonomy_similarity as taxonomy_similarity
 from surgery_coded.binary import BinaryReport as BinaryReport
 from surgery_coded.binary import choose_threshold as choose_threshold
 from surgery_coded.binary import judge as judge

@@ -161,30 +161,38 @@ def _cycles(permutation: list[int]) -> list[list[int]]:
 def _separated_orbits(bases: list[list[int]], group: Group, overlap: int, rng: random.Random) -> Words:
     """Return the distinct orbits whose words meet in at most `overlap` ones, shape (orbits, order)."""
     masks = np.uint64(1) << group.images.T.astype(np.uint64)  # (N, order)
-    kept: list[Words] = []
-    for start in range(0, len(bases), 500):
-        points = np.array(bases[start : start + 500])
-        points = points[_meets_little(masks[:, :_PROBED], points, overlap)[1]]  # most words fail here already
-        orbit, fits = _meets_little(masks, points, overlap)
-        kept.append(orbit[fits])
-    orbits = np.concatenate(kept)
-    if not len(orbits):
-        return orbits
-    orbits = orbits[np.unique(orbits.min(axis=1), return_index=True)[1]]
-    distinct = np.array([len(np.unique(orbit)) for orbit in orbits])
-    long, short = np.flatnonzero(distinct == len(masks.T)), np.flatnonzero(distinct < len(masks.T))
-    most = min(_MOST_ORBITS, math.isqrt(_MOST_COMPARISONS // len(masks.T)))
+    order = masks.shape[1]
+    kept, least, fixing = [], [], []
+    for start in range(0, len(bases), 100):
+        points = np.array(bases[start : start + 100])
+        points = points[_fits(_orbits(masks[:, :_PROBED], points), overlap)]  # most words fail here already
+        orbits = _orbits(masks, points)
+        fits = _fits(orbits, overlap)
+        kept.append(points[fits])  # all the orbits together would take gigabytes
+        least.append(orbits[fits].min(axis=1))
+        fixing.append((orbits[fits] == orbits[fits, :1]).sum(axis=1))
+    first = np.unique(np.concatenate(least), return_index=True)[1]
+    points, distinct = np.concatenate(kept)[first], order // np.concatenate(fixing)[first]
+    long, short = np.flatnonzero(distinct == order), np.flatnonzero(distinct < order)
+    most = min(_MOST_ORBITS, math.isqrt(_MOST_COMPARISONS // order))
     short = short[sample(len(short), min(len(short), most // 4), rng)]
     long = long[sample(len(long), min(len(long), most - len(short)), rng)]
-    return np.asarray(orbits[np.concatenate([long, short])])
+    return _orbits(masks, points[np.concatenate([long, short])])
 
 
-def _meets_little(masks: Words, points: NDArray[np.int64], overlap: int) -> tuple[Words, NDArray[np.bool_]]:
-    """Map words by group elements, (words, elements), and tell which words meet their images in <= `overlap` ones."""
-    orbit: Words = masks[points].sum(axis=1, dtype=np.uint64)
-    base = orbit[:, :1]  # the identity comes first in every group
-    shared = np.where(orbit == base, 0, np.bitwise_count(orbit & base))
-    return orbit, np.asarray((shared <= overlap).all(axis=1))
+def _orbits(masks: Words, points: NDArray[np.int64]) -> Words:
+    """Map words, given by their ones, by group elements: (words, weight) to (words, elements)."""
+    orbits = np.zeros((len(points), masks.shape[1]), dtype=np.uint64)
+    for ones in points.T:
+        orbits |= masks[ones]
+    return orbits
+
+
+def _fits(orbits: Words, overlap: int) -> NDArray[np.bool_]:
+    """Tell which words, the first of their orbits, meet the other words in at most `overlap` ones."""
+    base = orbits[:, :1]  # the identity comes first in every group
+    shared = np.bitwise_count(orbits & base)
+    return np.asarray(((shared <= overlap) | (orbits == base)).all(axis=1))
 
 
 def _compatible(orbits: Words, branches: int, overlap: int) -> NDArray[np.bool_]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from surgery.errors import InvalidOption
+from surgery_coded import bounds as _bounds
 from surgery_coded import search as _search
 from surgery_coded import words as _words
 
@@ -78,6 +79,23 @@ class CodingScheme:
         """Smallest Hamming distance between two codewords; 0 for a single class, which has no pair."""
         return _words.min_distance(self.codewords.numpy())
 
+    @cached_property
+    def upper_bound(self) -> int:
+        """Largest minimum distance that is not proven impossible for so many classes, branches and active branches.
+
+        It is 0 for a single class, which has no pair. The proof is Johnson's or, checked in exact arithmetic,
+        Delsarte's; beyond 64 branches a weaker one of Johnson's alone.
+
+        Reference: S. M. Johnson, "A new upper bound for error-correcting codes", 1962; P. Delsarte, "An algebraic
+        approach to the association schemes of coding theory", 1973.
+        """
+        return _bounds.max_distance(self.classes, self.branches, self.active)
+
+    @property
+    def proven_optimal(self) -> bool:
+        """Whether no scheme of these numbers has a larger minimum distance; false means that it is not known."""
+        return self.min_distance == self.upper_bound
+
     @property
     def column_sums(self) -> Tensor:
         """Number of classes that use each branch, shape (N,), dtype int64."""
@@ -94,9 +112,10 @@ class CodingScheme:
     def __repr__(self) -> str:
         """Sum the scheme up in a line."""
         sums = self.column_sums
+        known = "optimal" if self.proven_optimal else f"at most {self.upper_bound}"
         return (
             f"CodingScheme({self.classes} classes, {self.active}/{self.branches} branches active, min_distance "
-            f"{self.min_distance}, column sums {int(sums.min())}..{int(sums.max())})"
+            f"{self.min_distance} ({known}), column sums {int(sums.min())}..{int(sums.max())})"
         )
 
     @classmethod

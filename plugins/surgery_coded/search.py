@@ -9,6 +9,7 @@ import json
 import math
 import random
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 
 from surgery.errors import InvalidOption
@@ -31,6 +32,11 @@ class Found:
 
     codewords: Matrix
     method: str
+
+    @cached_property
+    def distance(self) -> int:
+        """Smallest distance between two codewords."""
+        return min_distance(self.codewords)
 
 
 def check_feasible(classes: int, branches: int, active: int) -> None:
@@ -82,16 +88,15 @@ def compute(classes: int, branches: int, active: int, seed: int = 0) -> Found:
     found = Found(start, "random balanced words")
     limit = max_distance(classes, branches, active)
     for improve in (_from_pools, _by_annealing, _from_orbits):
-        if min_distance(found.codewords) < limit:
+        if found.distance < limit:
             found = improve(found, limit, rng)
     return found
 
 
 def _from_pools(best: Found, limit: int, rng: random.Random) -> Found:
     classes, branches = best.codewords.shape
-    floor = min_distance(best.codewords)
     pools = cyclic_pools(classes, branches, int(best.codewords[0].sum()), limit)
-    for pool in [pool for pool in pools if pool.distance > floor][:_POOLS_TRIED]:
+    for pool in [pool for pool in pools if pool.distance > best.distance][:_POOLS_TRIED]:
         chosen = choose_balanced(pool.words, classes, branches, _SWAP_STEPS, rng)
         if chosen is not None:
             return Found(chosen, f"{len(pool.words)} words of the {pool.name}")
@@ -99,13 +104,11 @@ def _from_pools(best: Found, limit: int, rng: random.Random) -> Found:
 
 
 def _by_annealing(best: Found, limit: int, rng: random.Random) -> Found:
-    distance = min_distance(best.codewords)
-    while distance < limit and len(best.codewords) <= _LARGEST_ANNEALED:
-        higher = anneal(best.codewords, distance + 2, _ANNEAL_MOVES, rng)
+    while best.distance < limit and len(best.codewords) <= _LARGEST_ANNEALED:
+        higher = anneal(best.codewords, best.distance + 2, _ANNEAL_MOVES, rng)
         if higher is None:
             break
         best = Found(higher, "rectangle annealing")
-        distance = min_distance(higher)
     return best
 
 
@@ -114,16 +117,14 @@ def _from_orbits(best: Found, limit: int, rng: random.Random) -> Found:
     if classes < 2 * branches:  # a single orbit is nearly all that is wanted, and annealing is at its best
         return best
     groups = transitive_groups(branches, classes * 8 // 5)[:_GROUPS_TRIED]
-    distance = min_distance(best.codewords)
-    while distance < limit:
+    while best.distance < limit:
         for group in groups:
-            higher = orbit_scheme(classes, int(best.codewords[0].sum()), distance + 2, group, rng)
+            higher = orbit_scheme(classes, int(best.codewords[0].sum()), best.distance + 2, group, rng)
             if higher is not None:
                 best = Found(higher, f"orbits of the group {group.name} of order {len(group.images)}")
                 break
         else:
             return best
-        distance = min_distance(best.codewords)
     return best
 
 

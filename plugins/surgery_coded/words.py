@@ -39,9 +39,8 @@ def min_distance(matrix: Matrix) -> int:
     bits = matrix.astype(np.float32)  # products of 0 and 1 summed over at most a few thousand columns: exact in float32
     largest_overlap = 0
     for start in range(0, len(bits), 1024):
-        overlap = bits[start : start + 1024] @ bits.T
-        rows = np.arange(len(overlap))
-        overlap[rows, start + rows] = -1
+        overlap = bits[start : start + 1024] @ bits[start:].T  # the earlier rows were compared with these
+        np.fill_diagonal(overlap, -1)
         largest_overlap = max(largest_overlap, int(overlap.max()))
     return 2 * (int(matrix[0].sum()) - largest_overlap)
 

@@ -19,12 +19,26 @@ def test_properties_of_a_scheme_counted_by_hand() -> None:
     assert (scheme.classes, scheme.branches, scheme.active, scheme.min_distance) == (3, 3, 2, 2)
     assert scheme.ratio == Fraction(2, 3)
     assert scheme.column_sums.tolist() == [2, 2, 2]
-    assert repr(scheme) == "CodingScheme(3 classes, 2/3 branches active, min_distance 2, column sums 2..2)"
+    assert repr(scheme) == "CodingScheme(3 classes, 2/3 branches active, min_distance 2 (optimal), column sums 2..2)"
+    assert (scheme.upper_bound, scheme.proven_optimal) == (2, True)
+
+
+def test_a_scheme_that_may_not_be_the_best_says_what_is_possible() -> None:
+    """Two words of weight 2 share a branch where they need not: distance 2, and 4 is possible."""
+    scheme = CodingScheme(torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0]]).bool())
+    assert (scheme.min_distance, scheme.upper_bound, scheme.proven_optimal) == (2, 4, False)
+    assert "min_distance 2 (at most 4), column sums 0..2)" in repr(scheme)
+
+
+@pytest.mark.parametrize("ratio", ["5/10", "3/10"])
+def test_the_printed_schemes_are_optimal(ratio: str) -> None:
+    assert CodingScheme.cifar10(ratio).proven_optimal
 
 
 def test_a_single_class_has_distance_zero_and_may_use_all_branches() -> None:
     scheme = CodingScheme(torch.ones(1, 4, dtype=torch.bool))
     assert (scheme.min_distance, scheme.ratio) == (0, 1)
+    assert (scheme.upper_bound, scheme.proven_optimal) == (0, True)
 
 
 def test_schemes_compare_and_hash_by_value() -> None:
