@@ -31,6 +31,7 @@ import surgery_coded
 from checkpoints import CheckpointError
 from data import Data, DataNotFound, first_images, load
 from glyphs import FontsUnavailable
+from inside import Inside, look_inside
 from outliers import outliers_for
 from recipe import Component, Recipe, RecipeError
 from splits import Split, sample
@@ -118,8 +119,8 @@ def examine(
 ) -> dict[str, Any]:
     """Measure the networks, print the table, write figures and checkpoints; return the metrics."""
     plain, coded = networks.plain, networks.coded
-    baseline, full = (run(network, data.test) for network in (plain, coded))
-    decoders = decoder_accuracies(coded, data)
+    baseline, inside = run(plain, data.test), look_inside(coded, data.test)
+    accuracy = inside.seen.accuracy
     binary = cut_out(coded, data, one_class, run)
     for network in (plain, coded, binary.network):
         network.cpu()
@@ -128,19 +129,19 @@ def examine(
     plain_ms, _ = benchmark_ms(plain, coded, images)
     rows = [
         ("plain", plain, baseline.accuracy, plain_ms),
-        ("coded", coded, full.accuracy, times[0]),
+        ("coded", coded, accuracy, times[0]),
         (f"only {binary.name!r}", binary.network, None, times[1]),
     ]
     sizes = [surgery.cost(model, data.image_size) for _, model, _, _ in rows]
     console.print(_table(rows, sizes))
-    console.print(_decoder_line(decoders))
-    console.print(_binary_line(binary))
+    for line in (*inside.lines(), _binary_line(binary)):
+        console.print(line)
     surgery.save(coded, run_dir / "coded.safetensors")
     surgery.save(binary.network, run_dir / "binary.safetensors")
-    _draw(networks, data, decoders, full.accuracy, binary, run_dir)
+    _draw(networks, data, inside, binary, run_dir)
     return {
-        "accuracy": {"plain": baseline.accuracy, "coded": full.accuracy},
-        "early_decoders": decoders,
+        "accuracy": {"plain": baseline.accuracy, "coded": accuracy},
+        **inside.metrics(),
         "binary": {
             "class": binary.name,
             "test": asdict(binary.report),
@@ -153,17 +154,6 @@ def examine(
             for (name, _, _, ms), s in zip(rows, sizes, strict=True)
         },
     }
-
-
-def decoder_accuracies(coded: surgery.ConvertedNetwork, data: Data) -> dict[str, float]:
-    """Return the test accuracy of every early decoder, by block."""
-    hits: dict[str, int] = {}
-    device = next(coded.parameters()).device
-    for indices in torch.arange(len(data.test)).split(256):
-        decoded = surgery_coded.early_decode(coded, data.test.batch(indices).to(device))
-        for block, classes in decoded.items():
-            hits[block] = hits.get(block, 0) + int((classes.cpu() == data.test.targets[indices]).sum())
-    return {block: count / len(data.test) for block, count in hits.items()}
 
 
 def cut_out(coded: surgery.ConvertedNetwork, data: Data, one_class: int, run: Evaluate) -> OneClass:
@@ -185,13 +175,12 @@ def cut_out(coded: surgery.ConvertedNetwork, data: Data, one_class: int, run: Ev
     return OneClass(data.classes[one_class], network, plan, report, with_outliers, logits, positive)
 
 
-def _draw(
-    networks: Networks, data: Data, decoders: dict[str, float], accuracy: float, binary: OneClass, folder: Path
-) -> None:
+def _draw(networks: Networks, data: Data, inside: Inside, binary: OneClass, folder: Path) -> None:
     figures.draw_training(networks.plain_epochs, networks.coded_epochs, folder / "training.png")
-    figures.draw_decoders(decoders, accuracy, folder / "early_decoders.png")
-    figures.draw_energies(networks.coded, data, folder / "energies.png")
+    energies = surgery_coded.energy_by_class(inside.seen)
+    figures.draw_energies(networks.coded, energies, data.classes, folder / "energies.png")
     figures.draw_binary(binary.logits, binary.positive, binary.report.threshold, binary.name, folder / "binary.png")
+    inside.draw(folder)
 
 
 def _table(rows: Sequence[tuple[str, nn.Module, float | None, float]], sizes: Sequence[surgery.Cost]) -> Table:
@@ -202,10 +191,6 @@ def _table(rows: Sequence[tuple[str, nn.Module, float | None, float]], sizes: Se
         share = "" if accuracy is None else f"{100 * accuracy:.2f} %"
         table.add_row(name, share, f"{size.params:,}", f"{size.macs:,}", f"{ms:.2f}")
     return table
-
-
-def _decoder_line(decoders: dict[str, float]) -> str:
-    return "early decoders: " + ", ".join(f"{block} {100 * share:.1f} %" for block, share in decoders.items())
 
 
 def _binary_line(binary: OneClass) -> str:

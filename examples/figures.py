@@ -12,7 +12,6 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 import surgery
-from data import Data
 from training import Epoch
 
 BLUE, ORANGE, GREY = "#2a6fbb", "#d9822b", "#8a8f98"
@@ -41,36 +40,23 @@ def draw_training(plain: Sequence[Epoch], coded: Sequence[Epoch], path: Path) ->
         figure.savefig(path, dpi=150)
 
 
-def draw_decoders(decoders: Mapping[str, float], accuracy: float, path: Path) -> None:
-    """Draw the accuracy of the early decoders, block by block, below that of the whole network."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6, 3.4), layout="constrained")
-        axes = figure.subplots()
-        bars = axes.bar(list(decoders), [100 * share for share in decoders.values()], color=BLUE, width=0.6)
-        axes.bar_label(bars, fmt="%.1f", label_type="center", color="white")
-        axes.axhline(100 * accuracy, color=ORANGE, label=f"whole network: {100 * accuracy:.1f} %")
-        axes.set(title="What each coded block predicts from its energies", ylabel="test accuracy in %", ylim=(0, 125))
-        axes.set_yticks(range(0, 101, 20))
-        axes.legend(frameon=False, loc="upper left")
-        figure.savefig(path, dpi=150)
-
-
-def draw_energies(coded: surgery.ConvertedNetwork, data: Data, path: Path) -> None:
+def draw_energies(
+    coded: surgery.ConvertedNetwork, energies: Mapping[str, Tensor], classes: Sequence[str], path: Path
+) -> None:
     """Draw the codewords and the mean energies of branch and class, for the last coded block of each stage."""
-    energies = _class_energies(coded, data)
-    last = {block.stage: block for block in coded.meta["architecture"].blocks if f"{block.path}/energy" in energies}
-    rows = min(len(data.classes), 20)
+    last = {block.stage: block for block in coded.meta["architecture"].blocks if block.path in energies}
+    rows = min(len(classes), 20)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8, 3.6 * len(last)), layout="constrained")
         grid = figure.subplots(len(last), 2, squeeze=False)
         for axes, block in zip(grid, last.values(), strict=True):
             module = coded.get_submodule(block.merge)
-            share = (energies[f"{block.path}/energy"] * module.ratio)[:rows]
+            share = (energies[block.path] * module.ratio)[:rows]
             pictures = ((module.codewords[:rows].float(), "codewords"), (share, "ratio x mean energy on test images"))
             for axis, (picture, title) in zip(axes, pictures, strict=True):
                 image = axis.imshow(picture, cmap="Blues", vmin=0, vmax=1.2, aspect="auto")
                 axis.set(
-                    title=f"{block.path}: {title}", xlabel="branch", yticks=range(rows), yticklabels=data.classes[:rows]
+                    title=f"{block.path}: {title}", xlabel="branch", yticks=range(rows), yticklabels=classes[:rows]
                 )
             figure.colorbar(image, ax=list(axes), shrink=0.8)
         figure.savefig(path, dpi=150)
@@ -88,17 +74,3 @@ def draw_binary(logits: Tensor, positive: Tensor, threshold: float, name: str, p
         axes.set(title=f"Output of the network cut out for {name!r}", xlabel="logit", ylabel="density of test images")
         axes.legend(frameon=False)
         figure.savefig(path, dpi=150)
-
-
-@torch.no_grad()
-def _class_energies(coded: surgery.ConvertedNetwork, data: Data) -> dict[str, Tensor]:
-    """Return, for each energy tap, the mean energies (classes, N) over the test images of each class."""
-    sums: dict[str, Tensor] = {}
-    for indices in torch.arange(len(data.test)).split(256):
-        with surgery.record(coded) as taps:
-            coded(data.test.batch(indices))
-        for name in taps:
-            start = torch.zeros(len(data.classes), taps[name].shape[1])
-            sums[name] = sums.get(name, start).index_add(0, data.test.targets[indices], taps[name])
-    counts = torch.bincount(data.test.targets, minlength=len(data.classes)).clamp(min=1)
-    return {name: total / counts[:, None] for name, total in sums.items()}

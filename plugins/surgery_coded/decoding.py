@@ -29,24 +29,27 @@ def early_decode(model: ConvertedNetwork, images: Tensor) -> dict[str, Tensor]:
 
     Reference: Coded ResNeXt (2022), Eq. 7.
     """
-    _check(model)
+    check_whole(model, "early_decode")
     with surgery.record(model) as taps:
         model(images)
     return {block.path: decode(taps[module.energy.name], module.codewords) for block, module in coded_blocks(model)}
 
 
-def _check(model: ConvertedNetwork) -> None:
+def check_whole(model: ConvertedNetwork, where: str) -> None:
+    """Refuse what has no early decoders: a network that is not coded, was cut, or is in train mode.
+
+    Raises:
+        InvalidOption: In these cases; the message begins with `where`.
+    """
     if not isinstance(model, ConvertedNetwork) or not any(True for _ in coded_blocks(model)):
-        raise InvalidOption(f"early_decode: found a {type(model).__name__}, expected a network converted by 'coded'")
+        raise InvalidOption(f"{where}: found a {type(model).__name__}, expected a network converted by 'coded'")
     if model.training:
-        raise InvalidOption(
-            "early_decode: the network is in train mode, where branches are dropped; call .eval() first"
-        )
+        raise InvalidOption(f"{where}: the network is in train mode, where branches are dropped; call .eval() first")
     classes = model.meta["architecture"].head.classes
     for block, module in coded_blocks(model):
         if module.codewords.shape[0] != classes or module.branches != module.total_branches:
             raise InvalidOption(
-                f"early_decode: {block.path} has {module.branches} of {module.total_branches} branches and "
+                f"{where}: {block.path} has {module.branches} of {module.total_branches} branches and "
                 "codewords of "
                 f"{module.codewords.shape[0]} classes, the network {classes} outputs; decode the network before it "
                 "was cut"

@@ -16,7 +16,7 @@ import torch
 import surgery
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "coded.py"
-FIGURES = ("training.png", "early_decoders.png", "energies.png", "binary.png")
+FIGURES = ("training", "early_decoders", "energies", "binary", "removal", "agreement", "calibration")
 
 
 def command(folder: Path) -> list[str]:
@@ -39,6 +39,13 @@ def finished(tmp_path_factory) -> Path:
 def test_metrics_hold_what_the_table_shows(finished):
     metrics = json.loads((finished / "metrics.json").read_text())
     assert list(metrics["early_decoders"]) == ["layer2.0", "layer2.1", "layer3.0", "layer3.1"]
+    assert metrics["removal"]["block"] == "layer2.1"
+    for kind in ("active", "inactive"):
+        assert list(metrics["removal"][kind]) == ["0", "1", "2", "3", "4", "5"]
+        assert metrics["removal"][kind]["0"] == metrics["accuracy"]["coded"]
+    assert sum(group["images"] for group in metrics["agreement"]) == 256
+    assert [group["decoders"] for group in metrics["agreement"]] == [0, 1, 2, 3, 4]
+    assert set(metrics["calibration"]) == {"h_T", "h_aug"}
     assert metrics["cost"]["coded"]["params"] == metrics["cost"]["plain"]["params"]
     assert metrics["cost"]["only '3'"]["macs"] < metrics["cost"]["coded"]["macs"]
     assert {"precision", "recall", "f1", "threshold"} == set(metrics["binary"]["test"])
@@ -47,7 +54,7 @@ def test_metrics_hold_what_the_table_shows(finished):
 
 def test_figures_and_checkpoints_are_written(finished):
     for name in FIGURES:
-        assert (finished / name).read_bytes().startswith(b"\x89PNG"), name
+        assert (finished / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
     coded, binary = (surgery.load(finished / f"{name}.safetensors") for name in ("coded", "binary"))
     image = torch.randn(1, 3, 16, 16)
     assert coded(image).shape == (1, 10)
