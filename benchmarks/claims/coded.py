@@ -1,7 +1,9 @@
-"""Try the claims of Coded ResNeXt on rendered characters: python benchmarks/claims/coded.py [--seeds 3] [--processes 2]
+"""Try the claims of Coded ResNeXt on rendered characters.
 
-Each variant of `VARIANTS` is trained from scratch for every seed by the recipe `examples/recipes/coded-glyphs.toml`, and
-then examined: three minutes and one of a core. A run that was stopped goes on where it was. The result is
+python benchmarks/claims/coded.py [--seeds 3] [--processes 2]
+
+Each variant of `VARIANTS` is trained from scratch for every seed by the recipe `examples/recipes/coded-glyphs.toml`,
+and then examined: three minutes and one of a core. A run that was stopped goes on where it was. The result is
 `benchmarks/results/claims-coded.json`.
 """
 
