@@ -50,8 +50,8 @@ def draw_removal(removal: RemovalAccuracy, axes: Axes | None = None) -> Axes:
     """
     axes = _prepared(axes, f"Removing branches of {removal.block}", "branches removed", "accuracy in %")
     for found, label, colour, marker in (
-        (removal.inactive, "inactive for the class", BLUE, "o"),
-        (removal.active, "active for the class", RED, "s"),
+        (removal.inactive, "inactive for the class", RED, "o"),
+        (removal.active, "active for the class", BLUE, "s"),
     ):
         axes.plot(list(found), [100 * share for share in found.values()], color=colour, label=label, marker=marker)
     axes.set_xticks(sorted({*removal.active, *removal.inactive}))
