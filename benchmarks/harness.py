@@ -76,7 +76,9 @@ def write(name: str, result: Mapping[str, Any]) -> Path:
     """Write `results/<name>.json` with the environment, and return its path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), **result}, indent=2) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({"environment": environment(), **result}, indent=2, allow_nan=False) + "\n", encoding="utf-8"
+    )
     return path
 
 

@@ -167,6 +167,12 @@ def claims(result: Mapping[str, Any]) -> Iterator[str]:
             for name, found in runs.items()
         ],
     )
+    gains = [coded["accuracy"] - plain["accuracy"] for coded, plain in zip(coded_runs, runs["plain"], strict=True)]
+    yield (
+        "Coded less plain, seed by seed, in percentage points: "
+        + ", ".join(f"{100 * gain:+.2f}" for gain in gains)
+        + '. "similar": the codewords are handed out so that the five characters of a coarse group share branches.\n'
+    )
     yield "Accuracy without some branches of one block, drawn for each image from those of its class or the others:\n"
     yield from table(
         ("variant", "block", "none", "half of the active", "all active", "as many inactive", "all inactive"),
@@ -202,10 +208,10 @@ def claims_of_coded(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         [
             (
                 str(number),
-                percent([run["agreement"]["share"][number] for run in found]),
-                percent([run["agreement"]["accuracy"][number] for run in found]),
+                percent([run["agreement"][number]["share"] for run in found]),
+                percent([run["agreement"][number]["accuracy"] for run in found]),
             )
-            for number in range(len(found[0]["agreement"]["share"]))
+            for number in range(len(found[0]["agreement"]))
         ],
     )
     columns = [(h, i) for h in ("h_T", "h_aug") for i in (0, 1)]
@@ -222,9 +228,9 @@ def claims_of_coded(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     )
 
 
-def percent(values: Sequence[float]) -> str:
-    """Return mean, smallest and largest of the shares that are numbers, in percent."""
-    known = [100 * value for value in values if value == value]
+def percent(values: Sequence[float | None]) -> str:
+    """Return mean, smallest and largest of the shares that are known, in percent."""
+    known = [100 * value for value in values if value is not None]
     if not known:
         return ""
     return f"{sum(known) / len(known):.1f} ({min(known):.1f} to {max(known):.1f})"

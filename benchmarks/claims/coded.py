@@ -36,15 +36,19 @@ from training import Epoch, Task, evaluate, set_seed, train
 RECIPE = neighbours.ROOT / "examples" / "recipes" / "coded-glyphs.toml"
 RUNS = neighbours.ROOT / "runs" / "claims-coded"
 # What differs from the recipe's method. "plain" is not converted.
+SWEEP: dict[str, Mapping[str, Any]] = {
+    "mu 0": {"mu": 0.0},
+    "mu 2": {"mu": 2.0},
+    "coded": {},
+    "mu 14": {"mu": 14.0},
+    "p_drop 0": {"p_drop": 0.0},
+    "p_drop 0.2": {"p_drop": 0.2},
+}
 VARIANTS: dict[str, Mapping[str, Any]] = {
     "plain": {},
-    "coded": {},
-    "mu 0": {"mu": 0.0},
-    "p_drop 0": {"p_drop": 0.0},
-    "mu 14": {"mu": 14.0},
-    "p_drop 0.2": {"p_drop": 0.2},
-    "mu 2": {"mu": 2.0},
-    "similar classes share": {"assigned": True},
+    **SWEEP,
+    # Without a coding loss it does not matter which class has which codeword.
+    **{f"{name}, similar": {**options, "assigned": True} for name, options in SWEEP.items() if name != "mu 0"},
     "masked gradient": {"gradient": "masked"},
 }
 BINARY_CLASSES = 10  # the first ones: of CIFAR-100 and ImageNet the paper shows as many
@@ -109,7 +113,7 @@ def trained(name: str, seed: int, recipe: Recipe, data: Data) -> tuple[nn.Module
     def groups(network: nn.Module) -> list[dict[str, Any]]:
         return surgery.param_groups(network, lr=recipe.training.lr, weight_decay=recipe.training.weight_decay)
 
-    folder = RUNS / f"{name.replace(' ', '_')}-{seed}"
+    folder = RUNS / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
     epochs = train(model, criterion, data, recipe, run_dir=folder, groups=groups, label=f"{name} {seed}")
     return model.eval(), epochs
 
@@ -120,13 +124,17 @@ def examine(name: str, model: nn.Module, data: Data, seed: int) -> dict[str, Any
         return {"accuracy": evaluate(model, data.test).accuracy}
     found = analysis.collect(model, batches(data.test))
     blocks = list(found.decoded) if name == "coded" else [last_of_stage(found.decoded, "layer2")]
+    agreed = analysis.agreement(found.decoded, found.logits, found.targets)
     some = list(batches(sample(data.test, REMOVAL_IMAGES)))
     result = {
         "accuracy": found.accuracy,
         "decoders": found.decoder_accuracy,
         "removal": [removal(model, some, block, seed) for block in blocks],
         "binary": binary(model, data, seed),
-        "agreement": {key: value.tolist() for key, value in vars(agreed(found)).items()},
+        "agreement": [
+            {"images": count, "share": count / len(found.targets), "accuracy": accuracy if count else None}
+            for count, accuracy in zip(agreed.count.tolist(), agreed.accuracy.tolist(), strict=True)
+        ],
     }
     if name == "coded":
         result["calibration"] = {
@@ -145,10 +153,6 @@ def batches(split: Split) -> Iterator[tuple[Tensor, Tensor]]:
 
 def last_of_stage(blocks: Mapping[str, Tensor], stage: str) -> str:
     return [block for block in blocks if block.startswith(f"{stage}.")][-1]
-
-
-def agreed(found: analysis.Collected) -> analysis.Agreement:
-    return analysis.agreement(found.decoded, found.logits, found.targets)
 
 
 def removal(model: surgery.ConvertedNetwork, images: list[tuple[Tensor, Tensor]], block: str, seed: int) -> Any:
