@@ -140,7 +140,7 @@ def published(result: Mapping[str, Any]) -> Iterator[str]:
     )
     yield (
         "The GFLOPs of Table 5 count BN as in train mode, and for each coded block 3 N C H W for the branch outputs, "
-        "which this library never computes.\n"
+        "which this library does not need for a ResNeXt.\n"
     )
 
 

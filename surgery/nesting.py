@@ -36,7 +36,8 @@ class Nested:
 def nest(flat: fx.Graph, paths: Iterable[str]) -> Nested:
     """Return `flat` with the modules at `paths` as calls.
 
-    A module that runs twice, or that has more than one tensor in or out, is refused and stays flat.
+    A module that runs twice, that has more than one tensor in or out, or that contains another of them, is refused and
+    stays flat.
     """
     regions: dict[str, list[fx.Node]] = {}
     refusals: list[Refusal] = []
@@ -47,6 +48,9 @@ def nest(flat: fx.Graph, paths: Iterable[str]) -> Nested:
             refusals.append(Refusal(path, reason))
         else:
             regions[path] = nodes
+    for path in [path for path in regions if any(inner.startswith(f"{path}.") for inner in regions)]:
+        del regions[path]
+        refusals.append(Refusal(path, "it contains blocks of its own, which are taken instead"))
     return Nested(_root(flat, regions), {path: _inner(path, nodes) for path, nodes in regions.items()}, tuple(refusals))
 
 

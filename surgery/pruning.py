@@ -233,8 +233,8 @@ def _apply(network: ConvertedNetwork, method: str, cuts: Sequence[Cut]) -> Rewri
 
 
 def _cut_branches(rewriter: Rewriter, cut: Cut) -> None:
-    if len(cut.keep) < cut.of:
-        rewriter.keep(rewriter.architecture.block(cut.path), branches=cut.keep, of=cut.of)
+    # Also where all of them stay: what the block contains for the training of its method has to learn that it is over.
+    rewriter.keep(rewriter.architecture.block(cut.path), branches=cut.keep, of=cut.of)
 
 
 def _cut_body(rewriter: Rewriter, cut: Cut) -> None:

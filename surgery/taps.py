@@ -33,7 +33,7 @@ class Tap(nn.Module):
 
     def forward(self, value: Tensor) -> Tensor:
         """Return `value`; any shape."""
-        if _in_backward():
+        if in_backward():  # a second value has no consumer and must not survive
             return value
         if self.training or self.recording:
             self._slot["value"] = value
@@ -75,8 +75,8 @@ class Tap(nn.Module):
         return {**self.__dict__, "_slot": {}, "recording": False}
 
 
-def _in_backward() -> bool:
-    # A checkpointed block runs again inside backward; its second value has no consumer and must not survive.
+def in_backward() -> bool:
+    """Return whether a backward pass is under way: a checkpointed block runs again inside of it."""
     if torch.compiler.is_compiling():
         return False
     return bool(torch._C._current_graph_task_id() != -1)

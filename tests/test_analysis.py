@@ -394,3 +394,10 @@ def test_residual_body_without_a_norm_is_no_classifier():
 
     model = nn.Sequential(Unit(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     assert surgery.inspect(model, input_size=8).head.path is None
+
+
+def test_a_candidate_that_contains_blocks_gives_way_to_them():
+    architecture = inspect(timm.create_model("dla46_c", num_classes=3), 64)
+    assert "level3.tree1.tree2" in [block.path for block in architecture.blocks]
+    refused = {refusal.path: refusal.reason for refusal in architecture.refusals}
+    assert refused["level3.tree1"] == "it contains blocks of its own, which are taken instead"

@@ -202,9 +202,7 @@ def test_unconverted_and_wrapped_models_are_refused():
 
 @pytest.mark.parametrize("classes", [[], [10], [-1], [1, 1], ["3"], [2.0]])
 def test_classes_that_do_not_exist_are_refused(classes):
-    with pytest.raises(
-        InvalidOption, match=r"expected (distinct indices from 0 to 9, at least one|class indices such as)"
-    ):
+    with pytest.raises(InvalidOption, match=r"expected distinct class indices from 0 to 9 such as \[3\], at least one"):
         surgery.plan(coded(), classes=classes)
 
 

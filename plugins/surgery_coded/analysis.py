@@ -20,6 +20,7 @@ import surgery
 from surgery import ConvertedNetwork
 from surgery.errors import InvalidOption
 from surgery_coded.binary import BinaryReport, choose_threshold, judge
+from surgery_coded.checks import class_indices, whole_number
 from surgery_coded.decoding import check_whole
 from surgery_coded.loss import decode
 from surgery_coded.pruner import coded_blocks
@@ -76,7 +77,8 @@ def collect(model: ConvertedNetwork, batches: Batches) -> Collected:
     """Run the network over all samples once and keep its logits, energies and early decodings.
 
     Raises:
-        InvalidOption: If the model is not coded, is pruned or in train mode, or there is no batch.
+        InvalidOption: If the model is not coded, is pruned or in train mode, there is no batch, or a target is not a
+            class.
     """
     check_whole(model, "collect")
     blocks = list(coded_blocks(model))
@@ -99,8 +101,13 @@ def collect(model: ConvertedNetwork, batches: Batches) -> Collected:
 
 
 def energy_by_class(collected: Collected) -> dict[str, Tensor]:
-    """Return the mean normalized energies of the samples of every class, (K, N) by block; NaN for an absent class."""
-    member = F.one_hot(collected.targets, collected.logits.shape[1]).T
+    """Return the mean normalized energies of the samples of every class, (K, N) by block; NaN for an absent class.
+
+    Raises:
+        InvalidOption: If a target is no class.
+    """
+    samples, classes = collected.logits.shape
+    member = F.one_hot(class_indices(collected.targets, samples, classes, "energy_by_class"), classes).T
     counts = member.sum(dim=1, keepdim=True)
     return {block: member.to(e.dtype) @ e / counts for block, e in collected.energies.items()}
 
@@ -117,7 +124,7 @@ def agreement(decoded: Mapping[str, Tensor], logits: Tensor, targets: Tensor) ->
         decoded (M,) each, logits (M, K), targets (M,).
 
     Raises:
-        InvalidOption: If the lengths differ, or there is no decoder or no sample.
+        InvalidOption: If the lengths differ, a target is no class, or there is no decoder or no sample.
 
     Reference: Coded ResNeXt (2022), section 4.4, Table 3.
     """
@@ -127,10 +134,11 @@ def agreement(decoded: Mapping[str, Tensor], logits: Tensor, targets: Tensor) ->
             f"agreement: found {len(decoded)} early decoders and lengths {sorted(lengths)}, expected a decoder or more "
             "and as many predictions, logits and targets as there are samples"
         )
+    truth = class_indices(targets.cpu(), len(logits), logits.shape[1], "agreement")
     prediction = logits.argmax(dim=1).cpu()
     agreeing = torch.stack([guesses.cpu() == prediction for guesses in decoded.values()]).sum(dim=0)
     count = torch.bincount(agreeing, minlength=len(decoded) + 1)
-    hits = torch.bincount(agreeing[prediction == targets.cpu()], minlength=len(decoded) + 1)
+    hits = torch.bincount(agreeing[prediction == truth], minlength=len(decoded) + 1)
     return Agreement(count, count.double() / len(prediction), hits.double() / count)
 
 
@@ -159,17 +167,20 @@ def binary_reports(
         Class -> report, in the order of `classes`.
 
     Raises:
-        InvalidOption: If a class has no sample or all of them on either side, `negatives` is below 1, or the model is
-            not coded, is pruned or in train mode.
+        InvalidOption: If `classes` is empty or names what is no class, as a target may, a class has no sample or all of
+            them on either side, `negatives` is below 1, or the model is not coded, is pruned or in train mode.
 
     Reference: Coded ResNeXt (2022), section 4.3, Fig. 2b, 2c and 8.
     """
     check_whole(model, "binary_reports")
-    if negatives is not None and negatives < 1:
-        raise InvalidOption(f"binary_reports: found negatives={negatives}, expected 1 or more, or None for all")
-    chosen = list(range(model.meta["architecture"].head.classes) if classes is None else classes)
+    if negatives is not None:
+        negatives = whole_number(negatives, 1, "binary_reports", "negatives")
+    every = range(model.meta["architecture"].head.classes)
+    chosen = [whole_number(k, 0, "binary_reports", "class") for k in (every if classes is None else classes)]
+    if not chosen or max(chosen) not in every:
+        raise InvalidOption(f"binary_reports: found classes={chosen}, expected one or more of 0 to {every[-1]}")
     networks = [surgery.prune(model, classes=[k]).eval() for k in chosen]
-    parts = [_binary_logits(networks, batches) for batches in (train_batches, test_batches)]
+    parts = [_binary_logits(model, networks, batches) for batches in (train_batches, test_batches)]
     generator = torch.Generator().manual_seed(seed)
     reports = {}
     for column, k in enumerate(chosen):
@@ -179,24 +190,26 @@ def binary_reports(
 
 
 def placed(model: ConvertedNetwork, batches: Batches, where: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches on the device of the model.
+    """Yield the batches on the device of the model, the targets as int64.
 
     Raises:
-        InvalidOption: If there is none; the message begins with `where`.
+        InvalidOption: If there is none, or a target is no class of the model; the message begins with `where`.
     """
-    device = next(model.parameters()).device
+    device, classes = next(model.parameters()).device, model.meta["architecture"].head.classes
     empty = True
     for images, targets in batches:
         empty = False
-        yield images.to(device), targets.to(device)
+        yield images.to(device), class_indices(targets, len(images), classes, where).to(device)
     if empty:
         raise InvalidOption(f"{where}: found no batch, expected images and targets; a generator can be read only once")
 
 
-def _binary_logits(networks: Sequence[ConvertedNetwork], batches: Batches) -> tuple[Tensor, Tensor]:
+def _binary_logits(
+    model: ConvertedNetwork, networks: Sequence[ConvertedNetwork], batches: Batches
+) -> tuple[Tensor, Tensor]:
     """Return the logits of all networks (M, len(networks)) and the targets (M,)."""
     logits, labels = [], []
-    for images, targets in placed(networks[0], batches, "binary_reports"):
+    for images, targets in placed(model, batches, "binary_reports"):
         logits.append(torch.cat([network(images) for network in networks], dim=1).cpu())
         labels.append(targets.cpu())
     return torch.cat(logits), torch.cat(labels)

@@ -38,8 +38,12 @@ def assign(scheme: CodingScheme, similarity: Tensor | NDArray[np.generic]) -> Co
         similarity: (K, K).
 
     Raises:
-        InvalidOption: The similarity has another shape, is not symmetric or not finite.
+        InvalidOption: The similarity has another shape, is not real, not symmetric or not finite; or `scheme` is none.
     """
+    if not isinstance(scheme, CodingScheme):
+        raise InvalidOption(
+            f"assign: found a scheme of type {type(scheme).__name__}, expected a CodingScheme; see CodingScheme.search"
+        )
     wanted = _check(similarity, scheme.classes)
     words = scheme.codewords.numpy().astype(np.float64)
     order = np.arange(scheme.classes)
@@ -68,7 +72,7 @@ def swap_gains(words: Values, similarity: Values) -> Values:
     return gains
 
 
-def taxonomy_similarity(levels: Sequence[Sequence[Hashable]]) -> Values:
+def taxonomy_similarity(levels: Sequence[Sequence[Hashable] | Tensor | NDArray[np.generic]]) -> Values:
     """Return the squared depth of the deepest common ancestor of any two classes; 0 where only the root is common.
 
     Args:
@@ -81,7 +85,9 @@ def taxonomy_similarity(levels: Sequence[Sequence[Hashable]]) -> Values:
     Raises:
         InvalidOption: There is no level, or the levels differ in the number of classes.
     """
-    sizes = [len(level) for level in levels]
+    # The elements of a tensor are told apart by identity, not by value.
+    labels = [level.tolist() if isinstance(level, Tensor | np.ndarray) else level for level in levels]
+    sizes = [len(level) for level in labels]
     if not sizes or len(set(sizes)) > 1 or not sizes[0]:
         raise InvalidOption(
             f"taxonomy_similarity: found levels of {sizes} labels, expected at least one level and in each as many "
@@ -89,7 +95,7 @@ def taxonomy_similarity(levels: Sequence[Sequence[Hashable]]) -> Values:
         )
     groups = [0] * sizes[0]
     depth = np.zeros((sizes[0], sizes[0]))
-    for level in levels:
+    for level in labels:
         numbers: dict[Hashable, int] = {}
         groups = [numbers.setdefault(key, len(numbers)) for key in zip(groups, level, strict=True)]
         found = np.array(groups)
@@ -111,9 +117,7 @@ def _best_trades(gains: Values) -> list[tuple[int, int]]:
 
 
 def _check(similarity: Tensor | NDArray[np.generic], classes: int) -> Values:
-    if isinstance(similarity, Tensor):
-        similarity = similarity.detach().to("cpu", torch.float64).numpy()
-    values = np.array(similarity, dtype=np.float64)
+    values = _real(similarity)
     if values.shape != (classes, classes):
         raise InvalidOption(
             f"assign: found a similarity of shape {values.shape}, expected ({classes}, {classes}); pass one row and "
@@ -126,11 +130,29 @@ def _check(similarity: Tensor | NDArray[np.generic], classes: int) -> Values:
             f"assign: found similarity {values[i, j]} of classes {i} and {j}, expected finite numbers; give unknown "
             f"pairs the mean of the others"
         )
-    apart = np.abs(values - values.T)
-    if apart.max() > 1e-6 * np.abs(values).max():  # what float32 products leave is no asymmetry
+    # Sums of what is near the largest float overflow; a power of two takes nothing from the digits.
+    scaled: Values = np.ldexp(values, -np.frexp(np.abs(values).max())[1])
+    apart = np.abs(scaled - scaled.T)
+    if apart.max() > 1e-6 * np.abs(scaled).max():  # what float32 products leave is no asymmetry
         i, j = np.argwhere(apart == apart.max())[0].tolist()
         raise InvalidOption(
             f"assign: found similarity {values[i, j]} of classes {i} and {j} but {values[j, i]} of {j} and {i}, "
             f"expected a symmetric table; pass (s + s.T) / 2"
         )
-    return (values + values.T) / 2
+    return (scaled + scaled.T) / 2
+
+
+def _real(similarity: Tensor | NDArray[np.generic]) -> Values:
+    """Return a copy in float64."""
+    if isinstance(similarity, Tensor):  # numpy knows no bfloat16
+        similarity = similarity.cpu().to(torch.promote_types(similarity.dtype, torch.float64)).numpy(force=True)
+    try:
+        values = np.asarray(similarity)
+    except ValueError:  # rows of different lengths
+        values = np.array(None)
+    if values.dtype.kind not in "biuf":
+        raise InvalidOption(
+            f"assign: found a similarity with values of {values.dtype}, expected a table of real numbers; pass "
+            f"an array or a tensor"
+        )
+    return np.array(values, dtype=np.float64)

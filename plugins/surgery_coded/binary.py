@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from surgery.errors import InvalidOption
+from surgery_coded.checks import whole_number, yes_or_no
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,12 @@ def choose_threshold(logits: Tensor, positive: Tensor, steps: int = 100) -> floa
         steps: Number of thresholds tried.
 
     Raises:
-        InvalidOption: If one of the two kinds is missing.
+        InvalidOption: If one of the two kinds is missing, lengths differ, a logit is not finite, or `steps` is below 1.
     """
+    logits, positive = _checked(logits, positive, "choose_threshold")
+    steps = whole_number(steps, 1, "choose_threshold", "steps")
     if not bool(positive.any()) or bool(positive.all()):
         raise InvalidOption("choose_threshold: expected images of the class and others, found only one kind")
-    logits, positive = logits.flatten().double(), positive.flatten().bool()
     candidates = torch.linspace(
         float(logits[~positive].median()), float(logits[positive].median()), steps, dtype=torch.float64
     )
@@ -58,10 +60,24 @@ def judge(logits: Tensor, positive: Tensor, threshold: float) -> BinaryReport:
         logits: (M,) outputs.
         positive: (M,) bool, which images are of the class.
         threshold: An image is called positive if its logit is above.
+
+    Raises:
+        InvalidOption: If lengths differ, or a logit is not finite.
     """
-    positive = positive.flatten().bool()
-    called = logits.flatten() > threshold
+    logits, positive = _checked(logits, positive, "judge")
+    called = logits > threshold
     hits = int((called & positive).sum())
     precision = hits / max(int(called.sum()), 1)
     recall = hits / max(int(positive.sum()), 1)
     return BinaryReport(threshold, precision, recall, 2 * hits / max(int(called.sum()) + int(positive.sum()), 1))
+
+
+def _checked(logits: Tensor, positive: Tensor, where: str) -> tuple[Tensor, Tensor]:
+    """Return both as (M,), float64 and bool."""
+    z, truth = logits.flatten().double(), yes_or_no(positive.flatten(), where, "positive")
+    if z.shape != truth.shape or not bool(z.isfinite().all()):
+        raise InvalidOption(
+            f"{where}: found {len(z)} logits, {int((~z.isfinite()).sum())} of them not finite, and {len(truth)} truth "
+            "values, expected as many of both and finite logits"
+        )
+    return z, truth

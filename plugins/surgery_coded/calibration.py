@@ -15,6 +15,7 @@ Reference: Coded ResNeXt (2022), appendix C.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from surgery.errors import InvalidOption
+from surgery_coded.checks import class_indices, whole_number
 from surgery_coded.reliability import calibration_error
 
 #: Lower bound of T, and of T_aug / T whichever decoders agree.
@@ -41,11 +43,23 @@ class Calibrator:
         tau: What the agreement of each early decoder with the prediction adds to the factor of T, by block; empty
             for h_T.
 
+    Raises:
+        InvalidOption: If T, or T_aug of any agreement, is not positive and finite.
+
     Reference: Coded ResNeXt (2022), Eq. 10 and 11.
     """
 
     temperature: float = 1.0
     tau: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse temperatures that turn the order of the classes round."""
+        lowest = self.temperature * (1 + sum(min(tau, 0.0) for tau in self.tau.values()))
+        if not (0 < self.temperature < math.inf and 0 < lowest < math.inf):
+            raise InvalidOption(
+                f"Calibrator: found temperature {self.temperature} and with tau as low as {lowest}, expected positive "
+                "and finite ones; fit_calibrator finds such"
+            )
 
     def temperatures(self, logits: Tensor, decoded: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the temperature of every sample.
@@ -99,11 +113,15 @@ def fit_calibrator(
         iterations: Number of steps, for h_T and again for h_aug.
 
     Raises:
-        InvalidOption: If shapes do not fit, a logit is not finite, a target is no class, or there is no sample.
+        InvalidOption: If shapes do not fit, a logit is not finite, a target is no class, there is no sample, `lr` is
+            not positive and finite, or `iterations` is below 1.
 
     Reference: Coded ResNeXt (2022), appendix C.
     """
     z, y = _checked(logits, targets)
+    iterations = whole_number(iterations, 1, "fit_calibrator", "iterations")
+    if not 0 < lr < math.inf:
+        raise InvalidOption(f"fit_calibrator: found lr={lr}, expected a positive and finite step size such as 0.1")
     return _fit_both(z, y, decoded or {}, lr, iterations)[1]
 
 
@@ -155,10 +173,11 @@ def calibration_table(
     Reference: Coded ResNeXt (2022), Table 6.
     """
     z, y = _checked(logits, targets)
-    if not 0 < train_share < 1 or splits < 1 or not decoded:
+    splits = whole_number(splits, 1, "calibration table", "splits")
+    if not 0 < train_share < 1 or not decoded:
         raise InvalidOption(
-            f"calibration table: found train_share={train_share}, splits={splits} and {len(decoded)} early decoders, "
-            "expected a share between 0 and 1, a split or more and a decoder or more"
+            f"calibration table: found train_share={train_share} and {len(decoded)} early decoders, expected a share "
+            "between 0 and 1 and a decoder or more"
         )
     _agreement(z, decoded, list(decoded))  # refuses what does not fit before anything is fitted
     right, guesses = z.argmax(dim=1) == y, {block: e.cpu() for block, e in decoded.items()}
@@ -248,17 +267,8 @@ def _stratified(targets: Tensor, share: float, splits: int, seed: int) -> Iterat
 
 
 def _checked(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    z, y = _checked_logits(logits), targets.detach().cpu()
-    if y.shape != z.shape[:1] or y.is_floating_point():
-        raise InvalidOption(
-            f"calibration: found logits {tuple(z.shape)} and targets {tuple(y.shape)} of {y.dtype}, expected (M, K) "
-            "and class indices (M,)"
-        )
-    if int(y.min()) < 0 or int(y.max()) >= z.shape[1]:
-        raise InvalidOption(
-            f"calibration: found targets from {int(y.min())} to {int(y.max())}, expected classes 0 to {z.shape[1] - 1}"
-        )
-    return z, y.long()
+    z = _checked_logits(logits)
+    return z, class_indices(targets.detach().cpu(), len(z), z.shape[1], "calibration")
 
 
 def _checked_logits(logits: Tensor) -> Tensor:

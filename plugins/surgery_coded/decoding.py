@@ -9,7 +9,7 @@ import surgery
 from surgery import ConvertedNetwork
 from surgery.errors import InvalidOption
 from surgery_coded.loss import decode
-from surgery_coded.pruner import coded_blocks
+from surgery_coded.pruner import check_coded, coded_blocks
 
 
 @torch.no_grad()
@@ -41,8 +41,7 @@ def check_whole(model: ConvertedNetwork, where: str) -> None:
     Raises:
         InvalidOption: In these cases; the message begins with `where`.
     """
-    if not isinstance(model, ConvertedNetwork) or not any(True for _ in coded_blocks(model)):
-        raise InvalidOption(f"{where}: found a {type(model).__name__}, expected a network converted by 'coded'")
+    check_coded(model, where)
     if model.training:
         raise InvalidOption(f"{where}: the network is in train mode, where branches are dropped; call .eval() first")
     classes = model.meta["architecture"].head.classes

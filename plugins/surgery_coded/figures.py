@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from surgery.errors import SurgeryError
+from surgery.errors import InvalidOption, SurgeryError
 from surgery_coded.analysis import Agreement, Collected
 from surgery_coded.binary import BinaryReport
 from surgery_coded.calibration import CalibrationTable
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BLUE, ORANGE, RED, GREY = "#2a6fbb", "#d9822b", "#c23b3b", "#8a8f98"
+_MOST_LABELS = 9  # side by side in the width of a figure
 
 
 class MatplotlibMissing(SurgeryError, ImportError):
@@ -27,19 +28,24 @@ class MatplotlibMissing(SurgeryError, ImportError):
 
 
 def draw_decoders(collected: Collected, axes: Axes | None = None) -> Axes:
-    """Draw the accuracy of the early decoders, block by block, below that of the whole network."""
-    axes = _prepared(axes, "What each coded block predicts from its energies", "coded block", "accuracy in %")
-    shares = [100 * share for share in collected.decoder_accuracy.values()]
-    bars = axes.bar(list(collected.decoder_accuracy), shares, color=BLUE, width=0.6)
-    if len(shares) <= 10:  # more would overlap
-        axes.bar_label(bars, fmt="%.1f", label_type="center", color="white", fontsize=8)
+    """Draw the accuracy of the early decoders, block by block from top to bottom, and that of the whole network.
+
+    A new figure is as high as the blocks need; axes that are given should have room for a line per block.
+    """
+    shares = {block: 100 * share for block, share in collected.decoder_accuracy.items()}
     whole = 100 * collected.accuracy
-    axes.axhline(whole, color=ORANGE, label=f"whole network: {whole:.1f} %")
-    axes.set_ylim(0, 125)
-    axes.set_yticks(range(0, 101, 20))
-    if len(shares) > 5:
-        axes.tick_params(axis="x", rotation=45)
-    axes.legend(frameon=False, loc="upper left")
+    axes = _prepared(
+        axes,
+        "Accuracy of the early decoders",
+        f"accuracy in % (line: whole network, {whole:.1f} %)",
+        None,
+        height=max(3.6, 1.2 + 0.18 * len(shares)),
+    )
+    rows = range(len(shares))
+    axes.barh(rows, list(shares.values()), color=BLUE, height=0.7)
+    axes.axvline(whole, color=ORANGE)
+    axes.set_yticks(rows, [f"{block}  {share:.1f} %" for block, share in shares.items()], fontsize=8)
+    axes.set(xlim=(0, 100), ylim=(len(shares) - 0.4, -0.6))
     return axes
 
 
@@ -54,7 +60,7 @@ def draw_removal(removal: RemovalAccuracy, axes: Axes | None = None) -> Axes:
         (removal.active, "active for the class", BLUE, "s"),
     ):
         axes.plot(list(found), [100 * share for share in found.values()], color=colour, label=label, marker=marker)
-    axes.set_xticks(sorted({*removal.active, *removal.inactive}))
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.legend(frameon=False)
     return axes
 
@@ -62,8 +68,13 @@ def draw_removal(removal: RemovalAccuracy, axes: Axes | None = None) -> Axes:
 def draw_output_distribution(distribution: OutputDistribution, axes: Axes | None = None) -> Axes:
     """Draw the densities of the absolute outputs of each branch, where it is active and where it is not.
 
+    Raises:
+        InvalidOption: If no output was counted.
+
     Reference: Coded ResNeXt (2022), Fig. 6.
     """
+    if not bool(distribution.active.any()) and not bool(distribution.inactive.any()):
+        raise InvalidOption("draw_output_distribution: found no output counted, expected one or more; pass samples")
     branches = len(distribution.active)
     axes = _prepared(axes, f"Branch outputs of {distribution.block}", "absolute normalized output", "density")
     edges = distribution.edges.tolist()
@@ -91,7 +102,10 @@ def draw_agreement(agreement: Agreement, axes: Axes | None = None) -> Axes:
     share, accuracy = ((100 * part).tolist() for part in (agreement.share, agreement.accuracy))
     axes.bar(counts, share, color=GREY, alpha=0.5, width=0.6, label="share of the images")
     axes.plot(counts, accuracy, color=BLUE, marker="o", label="accuracy among them")
-    axes.set_xticks(counts, [f"{n}\n{part:.1f} %" for n, part in zip(counts, share, strict=True)])
+    if len(counts) <= _MOST_LABELS:
+        axes.set_xticks(counts, [f"{n}\n{part:.1f} %" for n, part in zip(counts, share, strict=True)])
+    else:
+        axes.locator_params(axis="x", integer=True)
     axes.set_ylim(0, 125)
     axes.set_yticks(range(0, 101, 20))
     axes.legend(frameon=False, loc="upper left", ncols=2)
@@ -151,8 +165,16 @@ def draw_binary(
         axes: Where to draw.
         names: Names of all classes; default: their indices.
 
+    Raises:
+        InvalidOption: If there is no report, or a class has no name.
+
     Reference: Coded ResNeXt (2022), Fig. 2b, 2c and 8.
     """
+    if not reports or (names is not None and len(names) <= max(reports)):
+        raise InvalidOption(
+            f"draw_binary: found reports of classes {list(reports)} and {'no' if names is None else len(names)} names, "
+            "expected a report or more and the names of all classes, or none"
+        )
     axes = _prepared(axes, "Networks for one class", "recall", "precision")
     recall, precision = [r.recall for r in reports.values()], [r.precision for r in reports.values()]
     axes.scatter(recall, precision, s=18, color=BLUE, alpha=0.8, linewidths=0)
@@ -160,7 +182,7 @@ def draw_binary(
     for k, r in reports.items():
         labels.setdefault((round(r.recall, 2), round(r.precision, 2)), []).append(k)
     for classes in labels.values() if len(reports) <= 20 else ():
-        text = ", ".join(names[k] if names else str(k) for k in classes)
+        text = ", ".join(str(k) if names is None else names[k] for k in classes)
         place = (reports[classes[0]].recall, reports[classes[0]].precision)
         axes.annotate(text, place, xytext=(4, 4), textcoords="offset points", fontsize=8)
     low = max(0.0, min([*recall, *precision]) - 0.05)
@@ -168,7 +190,7 @@ def draw_binary(
     return axes
 
 
-def _prepared(axes: Axes | None, title: str, xlabel: str | None, ylabel: str) -> Axes:
+def _prepared(axes: Axes | None, title: str, xlabel: str | None, ylabel: str | None, height: float = 3.6) -> Axes:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -176,9 +198,9 @@ def _prepared(axes: Axes | None, title: str, xlabel: str | None, ylabel: str) ->
             "surgery_coded.figures: found no matplotlib, expected the extra 'plots'; pip install 'surgery[plots]'"
         ) from error
     if axes is None:
-        axes = Figure(figsize=(6, 3.6), dpi=150, layout="constrained").subplots()
+        axes = Figure(figsize=(6, height), dpi=150, layout="constrained").subplots()
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, loc="left")
     axes.set_xlabel(xlabel or "")
-    axes.set_ylabel(ylabel)
+    axes.set_ylabel(ylabel or "")
     return axes

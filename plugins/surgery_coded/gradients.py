@@ -18,15 +18,42 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from surgery.errors import SurgeryError, UnsupportedModel
+from surgery.taps import in_backward
 from surgery_coded import energy
 from surgery_coded.energy import Pair
 
 
-class GradientMask:
-    """The codewords of the samples of the last forward pass, (B, N), set between forward and backward."""
+class Words:
+    """The codewords of the samples of one forward pass, (B, N); empty until its labels are known."""
 
     def __init__(self) -> None:
-        self.words: Tensor | None = None
+        self.value: Tensor | None = None
+
+    def read(self, like: Tensor) -> Tensor:
+        """Return the words for a gradient of shape (B, N) or (B, N*d, H, W).
+
+        Raises:
+            SurgeryError: If no labels have been given for the forward pass.
+        """
+        if self.value is None or self.value.shape[0] != like.shape[0]:
+            raise SurgeryError(
+                "coded: gradient='masked' needs the labels before the backward pass; call surgery.Objective on the "
+                "output of every forward pass first"
+            )
+        words = self.value.to(like.dtype)
+        if like.dim() == 2:
+            return words
+        return words.repeat_interleave(like.shape[1] // words.shape[1], dim=1)[:, :, None, None]
+
+
+class GradientMask:
+    """Hands the labels of a forward pass to its backward pass: one object for each pair, so that passes may interleave.
+
+    Where a block is computed anew during the backward pass (reentrant checkpointing), the labels given last are taken.
+    """
+
+    def __init__(self) -> None:
+        self._next, self._last = Words(), Words()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradientMask:
         """Return an empty one: the words belong to one forward pass of one network."""
@@ -34,21 +61,15 @@ class GradientMask:
         memo[id(self)] = twin
         return twin
 
-    def read(self, like: Tensor) -> Tensor:
-        """Return the words for a gradient of shape (B, N) or (B, N*d, H, W).
+    @property
+    def words(self) -> Words:
+        """What the forward pass that is under way is to keep for its backward pass."""
+        return self._last if in_backward() else self._next
 
-        Raises:
-            SurgeryError: If no labels have been given since the forward pass.
-        """
-        if self.words is None or self.words.shape[0] != like.shape[0]:
-            raise SurgeryError(
-                "coded: gradient='masked' needs the labels before the backward pass; call surgery.Objective on the "
-                "output first"
-            )
-        words = self.words.to(like.dtype)
-        if like.dim() == 2:
-            return words
-        return words.repeat_interleave(like.shape[1] // words.shape[1], dim=1)[:, :, None, None]
+    def fill(self, words: Tensor) -> None:
+        """Give the last forward pass the codewords of its samples, (B, N)."""
+        self._next.value = words
+        self._last, self._next = self._next, Words()
 
 
 def masked_join(
@@ -67,15 +88,13 @@ def masked_join(
         hidden (B, N*d, H, W), weight (C, N*d, kh, kw), gain and active (B, N); returns (B, C, H', W') and (B, N).
 
     Raises:
-        UnsupportedModel: Under torch.compile, which would bake the labels in.
+        UnsupportedModel: See `mask_gradient`.
     """
-    if torch.compiler.is_compiling():
-        raise UnsupportedModel("coded: gradient='masked' does not run under torch.compile; train it uncompiled")
     stride, padding, dilation = geometry
     raw = energy.branch_energies(hidden, weight, gain.shape[1], stride=stride, padding=padding, dilation=dilation)
     scale, energies = energy.normalize(mask_gradient(raw, mask) * active, total)
     x = mask_gradient(hidden, mask) * energy.channel_factors(gain * scale.unsqueeze(1), hidden)
-    output: Tensor = _MaskedConvolution.apply(x, weight, bias, geometry, mask)  # type: ignore[no-untyped-call]
+    output: Tensor = _MaskedConvolution.apply(x, weight, bias, geometry, mask.words)  # type: ignore[no-untyped-call]
     return output, energies
 
 
@@ -84,8 +103,14 @@ def mask_gradient(value: Tensor, mask: GradientMask) -> Tensor:
 
     Shape:
         value (B, N) or (B, N*d, H, W), the same.
+
+    Raises:
+        UnsupportedModel: If torch.compile traces it, which would bake the labels in; without `fullgraph=True` it then
+            runs the block uncompiled.
     """
-    masked: Tensor = _Masked.apply(value, mask)  # type: ignore[no-untyped-call]
+    if torch.compiler.is_compiling():
+        raise UnsupportedModel("coded: gradient='masked' does not run under torch.compile; train it uncompiled")
+    masked: Tensor = _Masked.apply(value, mask.words)  # type: ignore[no-untyped-call]
     return masked
 
 
@@ -93,13 +118,13 @@ class _Masked(torch.autograd.Function):
     """The identity, with a masked gradient."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, mask: GradientMask) -> Tensor:
-        ctx.mask = mask
+    def forward(ctx: Any, value: Tensor, words: Words) -> Tensor:
+        ctx.words = words
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.mask.read(grad), None
+        return grad * ctx.words.read(grad), None
 
 
 class _MaskedConvolution(torch.autograd.Function):
@@ -107,16 +132,16 @@ class _MaskedConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Pair, Pair, Pair], mask: GradientMask
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Pair, Pair, Pair], words: Words
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        ctx.geometry, ctx.mask = geometry, mask
+        ctx.geometry, ctx.words = geometry, words
         return F.conv2d(x, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
-        words = ctx.mask.read(x)
+        words = ctx.words.read(x)
         stride, padding, dilation = (list(pair) for pair in ctx.geometry)
         sizes = None if bias is None else list(bias.shape)
         needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[2]]

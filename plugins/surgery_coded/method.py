@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -92,7 +91,7 @@ class Coded(Method):
             words = target_codewords(module.codewords, step.target)
             energies = step.taps[module.energy.name]
             if module.gradient_mask is not None:
-                module.gradient_mask.words = words
+                module.gradient_mask.fill(words)
             else:
                 losses.append(coding_loss(energies, words.to(energies.dtype), module.ratio, self.exponent))
         if not losses:
@@ -113,7 +112,7 @@ class Coded(Method):
         if criteria or classes is None:
             found = f"found {', '.join(criteria)}" if criteria else "found none"
             raise InvalidOption(f"coded: prune expects classes=[...], the class indices to keep; {found}")
-        return plan_classes(model, _indices(classes))
+        return plan_classes(model, classes)
 
     def options(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -124,16 +123,6 @@ class Coded(Method):
 def coded_modules(model: ConvertedNetwork) -> list[CodedConv2d]:
     """Return the coded convolutions of `model`, in the order of the network."""
     return [module for module in model.modules() if isinstance(module, CodedConv2d)]
-
-
-def _indices(classes: object) -> list[int]:
-    values: list[Any] = list(classes) if isinstance(classes, Iterable) else [classes]
-    try:
-        if any(isinstance(value, bool) for value in values):
-            raise TypeError
-        return [operator.index(value) for value in values]
-    except TypeError:
-        raise InvalidOption(f"coded: classes={classes!r}, expected class indices such as [3]") from None
 
 
 def _to_json(value: str | CodingScheme | Mapping[str, Any]) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor
 from surgery import ConvertedNetwork
 from surgery.errors import InvalidOption
 from surgery_coded.analysis import Batches, placed
+from surgery_coded.checks import whole_number
 from surgery_coded.decoding import check_whole
 from surgery_coded.energy import branch_energies, normalize
 from surgery_coded.modules import CodedConv2d
@@ -78,16 +79,20 @@ def removal_accuracy(
         seed: Of the draws.
 
     Raises:
-        InvalidOption: If `block` is not coded, `counts` holds no number that can be removed, the model is not coded, is
-            pruned or in train mode, or there is no batch.
+        InvalidOption: If `block` is not coded, `counts` holds no or a number that cannot be removed, the model is not
+            coded, is pruned or in train mode, there is no batch, or a target is no class.
 
     Reference: Coded ResNeXt (2022), section 4.1, Fig. 2a, and appendix F.3.
     """
     check_whole(model, "removal_accuracy")
     module = _module(model, block)
     limits = (int(module.codewords[0].sum()), int((~module.codewords[0]).sum()))
-    wanted = range(max(limits) + 1) if counts is None else sorted(set(counts))
-    if not wanted or wanted[0] < 0 or wanted[-1] > max(limits):
+    wanted = (
+        range(max(limits) + 1)
+        if counts is None
+        else sorted({whole_number(k, 0, "removal_accuracy", "count") for k in counts})
+    )
+    if not wanted or wanted[-1] > max(limits):
         raise InvalidOption(
             f"removal_accuracy: found counts={list(wanted)}, expected numbers from 0 to {max(limits)}: {block!r} has "
             f"{limits[0]} active and {limits[1]} inactive branches"
@@ -124,7 +129,7 @@ def output_distribution(
 
     Raises:
         InvalidOption: If `batches` can be read only once, `block` is not coded, there are fewer branches or no bin, the
-            model is not coded, is pruned or in train mode, or there is no batch.
+            model is not coded, is pruned or in train mode, there is no batch, or a target is no class.
 
     Reference: Coded ResNeXt (2022), appendix F.1.
     """
@@ -135,10 +140,11 @@ def output_distribution(
             f"output_distribution: found batches of type {type(batches).__name__}, which can be read only once, "
             "expected a list or a DataLoader"
         )
-    if not 1 <= branches <= module.branches or bins < 1:
+    bins = whole_number(bins, 1, "output_distribution", "bins")
+    branches = whole_number(branches, 1, "output_distribution", "branches")
+    if branches > module.branches:
         raise InvalidOption(
-            f"output_distribution: found branches={branches} and bins={bins}, expected 1 to {module.branches} branches "
-            "and a bin or more"
+            f"output_distribution: found branches={branches}, expected 1 to {module.branches} branches of {block!r}"
         )
     largest, counts = 0.0, torch.zeros(2, branches, bins, dtype=torch.int64)
     with _hidden_input(module) as hidden:

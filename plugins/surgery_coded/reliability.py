@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from surgery.errors import InvalidOption
+from surgery_coded.checks import whole_number, yes_or_no
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,22 +40,27 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> Ca
 
     Args:
         confidence: Probability that each prediction is right, in [0, 1]; 0 counts in the first bin.
-        correct: Whether it is.
+        correct: Whether it is, as bool or 0 and 1.
         bins: M.
 
     Shape:
         confidence (N,), correct (N,).
 
     Raises:
-        InvalidOption: If lengths differ, there is no sample, a confidence is outside [0, 1], or `bins` is below 1.
+        InvalidOption: If lengths differ, there is no sample, a confidence is outside [0, 1], `correct` has other values
+            than 0 and 1, or `bins` is below 1.
 
     Reference: Coded ResNeXt (2022), appendix C.
     """
-    p, hit = confidence.detach().cpu().double(), correct.detach().cpu().double()
-    if p.ndim != 1 or p.shape != hit.shape or not len(p) or bins < 1:
+    bins = whole_number(bins, 1, "calibration error", "bins")
+    p, hit = (
+        confidence.detach().cpu().double(),
+        yes_or_no(correct.detach().cpu(), "calibration error", "correct").double(),
+    )
+    if p.ndim != 1 or p.shape != hit.shape or not len(p):
         raise InvalidOption(
-            f"calibration error: found confidences {tuple(p.shape)}, correctness {tuple(hit.shape)} and {bins} bins, "
-            "expected two tensors (N,) with a sample or more and a bin or more"
+            f"calibration error: found confidences {tuple(p.shape)} and correctness {tuple(hit.shape)}, expected two "
+            "tensors (N,) with a sample or more"
         )
     if not bool(((p >= 0) & (p <= 1)).all()):
         raise InvalidOption(

@@ -131,9 +131,9 @@ class CodingScheme:
             seed: Non-negative; the same arguments give the same scheme on any machine.
 
         Raises:
-            InvalidOption: No such scheme exists; the message names the inequality that fails.
+            InvalidOption: A number is no integer, or no such scheme exists; the message names what fails.
         """
-        _search.check_feasible(classes, branches, active)
+        _search.check_feasible(classes, branches, active, seed)
         record = _search.shipped_record(classes, branches, active, seed)
         if record is not None:
             return cls.from_dict(_mapping(record["scheme"]))

@@ -15,6 +15,7 @@ from importlib import resources
 from surgery.errors import InvalidOption
 from surgery_coded.anneal import anneal
 from surgery_coded.bounds import max_distance
+from surgery_coded.checks import whole_number
 from surgery_coded.orbits import orbit_scheme, transitive_groups
 from surgery_coded.pools import choose_balanced, cyclic_pools
 from surgery_coded.words import MAX_BRANCHES, Matrix, balanced_words, min_distance, to_matrix
@@ -39,16 +40,17 @@ class Found:
         return min_distance(self.codewords)
 
 
-def check_feasible(classes: int, branches: int, active: int) -> None:
+def check_feasible(classes: int, branches: int, active: int, seed: int = 0) -> None:
     """Refuse what no search can answer.
 
     Raises:
-        InvalidOption: The numbers are out of range, or fewer than `classes` distinct codewords exist.
+        InvalidOption: The numbers are no integers or out of range, or fewer than `classes` distinct codewords exist.
     """
+    numbers = {"classes": (classes, 1), "branches": (branches, 1), "active": (active, 1), "seed": (seed, 0)}
+    for name, (value, least) in numbers.items():
+        whole_number(value, least, "coding scheme search", name)
     asked = f"coding scheme for {classes} classes with {active}/{branches} active branches"
-    if classes < 1 or branches < 1:
-        raise InvalidOption(f"{asked}: expected at least one class and one branch")
-    if not 1 <= active <= branches:
+    if active > branches:
         raise InvalidOption(f"{asked}: expected 1 <= active <= branches; change the ratio")
     if active == branches and classes > 1:
         raise InvalidOption(f"{asked}: C({branches}, {branches}) = 1 < {classes}; ratio 1 needs no scheme")
@@ -77,9 +79,7 @@ def compute(classes: int, branches: int, active: int, seed: int = 0) -> Found:
     Raises:
         InvalidOption: No such scheme exists, or the seed is negative.
     """
-    check_feasible(classes, branches, active)
-    if seed < 0:
-        raise InvalidOption(f"coding scheme search: found seed={seed}, expected a seed >= 0")
+    check_feasible(classes, branches, active, seed)
     if 2 * active > branches and active < branches:
         mirrored = compute(classes, branches, branches - active, seed)
         return Found(~mirrored.codewords, f"complement: {mirrored.method}")

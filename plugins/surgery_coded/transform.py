@@ -122,7 +122,8 @@ def _default_stages(site: _Site) -> list[CodedStage]:
             continue
         if comb(branches, branches // 2) < site.classes:
             reason = f"{branches} branches have too few codewords for {site.classes} classes"
-            site.refusals.append(Refusal(stage.name, reason, "use a wider network"))
+            cure = "use a wider network" if site.branches is None else "pass larger branches="
+            site.refusals.append(Refusal(stage.name, reason, cure))
         else:
             found.append((stage, blocks, branches))
     stages = []

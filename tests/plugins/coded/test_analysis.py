@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -305,6 +306,77 @@ def test_class_without_samples_is_named(coded, samples):
 
 
 # --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (torch.tensor([0, 1, 2, -1]), "found targets from -1 to 2, expected classes 0 to 5"),
+        (torch.tensor([0, 1, 2, 6]), "found targets from 0 to 6, expected classes 0 to 5"),
+        (torch.ones(4, CLASSES), r"found targets \(4, 6\) of torch.float32, expected class indices \(4,\)"),
+        (torch.tensor([0, 1, 2]), r"found targets \(3,\)"),
+        (torch.tensor([True, False, True, True]), "torch.bool"),
+    ],
+)
+def test_analyses_refuse_targets_that_are_no_classes(coded, samples, targets, message):
+    bad, good = [(samples[0][:4], targets)], batched(samples)
+    seen = collect(coded, [(samples[0][:4], torch.arange(4))])
+    for analysis in (
+        lambda: collect(coded, bad),
+        lambda: removal_accuracy(coded, bad, BLOCK, counts=[0]),
+        lambda: output_distribution(coded, bad, BLOCK),
+        lambda: binary_reports(coded, bad, good, [1]),
+        lambda: binary_reports(coded, good, bad, [1]),
+        lambda: energy_by_class(replace(seen, targets=targets)),
+    ):
+        with pytest.raises(InvalidOption, match=message):
+            analysis()
+
+
+def test_agreement_refuses_targets_that_are_no_classes():
+    with pytest.raises(InvalidOption, match="found targets from -1 to 1, expected classes 0 to 1"):
+        agreement({"a": torch.tensor([0, 1])}, torch.eye(2), torch.tensor([-1, 1]))
+
+
+def test_targets_may_be_of_any_integer_type(coded, samples):
+    x, y = samples
+    for dtype in (torch.uint8, torch.int32):
+        assert removal_accuracy(coded, [(x, y.to(dtype))], BLOCK, [1]) == removal_accuracy(coded, [(x, y)], BLOCK, [1])
+        assert collect(coded, [(x, y.to(dtype))]).targets.dtype == torch.int64
+
+
+def test_analyses_refuse_numbers_that_are_not_whole(coded, samples):
+    batches = batched(samples)
+    for analysis, message in (
+        (lambda: removal_accuracy(coded, batches, BLOCK, counts=[1.5]), r"count=1\.5"),
+        (lambda: removal_accuracy(coded, batches, BLOCK, counts=[True]), "count=True"),
+        (lambda: removal_accuracy(coded, batches, BLOCK, counts=[-1]), "count=-1"),
+        (lambda: removal_accuracy(coded, batches, BLOCK, counts=[5]), "expected numbers from 0 to 4"),
+        (lambda: removal_accuracy(coded, batches, BLOCK, counts=[]), r"counts=\[\]"),
+        (lambda: output_distribution(coded, batches, BLOCK, bins=1.5), r"bins=1\.5"),
+        (lambda: output_distribution(coded, batches, BLOCK, branches=0), "branches=0"),
+        (lambda: binary_reports(coded, batches, batches, []), r"classes=\[\], expected one or more of 0 to 5"),
+        (lambda: binary_reports(coded, batches, batches, [6]), r"classes=\[6\], expected one or more of 0 to 5"),
+        (lambda: binary_reports(coded, batches, batches, [1.5]), r"class=1\.5"),
+        (lambda: binary_reports(coded, batches, batches, [1], negatives=1.5), r"negatives=1\.5"),
+    ):
+        with pytest.raises(InvalidOption, match=message):
+            analysis()
+
+
+def test_thresholds_and_reports_refuse_what_does_not_fit():
+    logits, positive = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([False, True, True])
+    for call in (choose_threshold, lambda z, p: judge(z, p, 0.5)):
+        for z, p, message in (
+            (logits, positive[:1], "found 3 logits, 0 of them not finite, and 1 truth values"),
+            (logits / torch.tensor([0.0, 1.0, 1.0]), positive, "1 of them not finite"),
+            (logits, torch.tensor([3, 1, 0]), "positive other than 0 and 1"),
+        ):
+            with pytest.raises(InvalidOption, match=message):
+                call(z, p)
+    for steps in (0, 2.5):
+        with pytest.raises(InvalidOption, match=f"steps={steps}"):
+            choose_threshold(logits, positive, steps=steps)
 
 
 def test_analyses_refuse_what_is_not_whole_or_not_coded_or_empty(coded, samples):

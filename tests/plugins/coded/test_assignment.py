@@ -140,11 +140,38 @@ def test_the_diagonal_and_the_argument_are_left_alone() -> None:
         (torch.ones(3, 3), r"found a similarity of shape \(3, 3\), expected \(4, 4\)"),
         (np.diag([1.0, np.inf], 2)[:4, :4] + np.zeros((4, 4)), r"found similarity inf of classes 1 and 3"),
         (np.eye(4, k=1), r"found similarity 1\.0 of classes 0 and 1 but 0\.0 of 1 and 0, expected a symmetric"),
+        ("abcd", "with values of <U4, expected a table of real numbers"),
+        (None, "with values of object"),
+        (np.full((4, 4), "1.0"), "with values of <U3"),
+        (np.ones((4, 4), dtype=complex), "with values of complex128"),
+        (torch.ones(4, 4, dtype=torch.complex64).conj(), "with values of complex128"),
+        ([[1.0], [1.0, 2.0]], "with values of object"),
     ],
 )
 def test_what_is_no_similarity_is_refused(similarity: NDArray[np.float64] | torch.Tensor, reason: str) -> None:
     with pytest.raises(InvalidOption, match=reason):
         assign(CodingScheme(RING), similarity)
+
+
+def test_a_scheme_of_another_type_is_refused() -> None:
+    with pytest.raises(InvalidOption, match="found a scheme of type str, expected a CodingScheme"):
+        assign("5/10", np.ones((4, 4)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("largest", [1.7e308, 1e-300])
+def test_the_largest_and_smallest_similarities_give_the_same_order(largest: float) -> None:
+    scheme, similarity = random_case(12, 8, 3, seed=0)
+    extreme = similarity * (largest / np.abs(similarity).max())
+    assert assign(scheme, extreme) == assign(scheme, similarity) != scheme
+
+
+def test_taxonomy_takes_labels_by_value_from_tensors_and_arrays() -> None:
+    labels = [[0, 0, 1, 1], [0, 1, 1, 1]]
+    expected = taxonomy_similarity(labels).tolist()
+    assert expected == [[4, 1, 0, 0], [1, 4, 0, 0], [0, 0, 4, 4], [0, 0, 4, 4]]
+    assert taxonomy_similarity([torch.tensor(level) for level in labels]).tolist() == expected
+    assert taxonomy_similarity([np.array(level) for level in labels]).tolist() == expected
+    assert taxonomy_similarity(torch.tensor(labels)).tolist() == expected  # type: ignore[arg-type]
 
 
 def test_taxonomy_counts_the_squared_levels_that_two_classes_share() -> None:

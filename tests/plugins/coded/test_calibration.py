@@ -199,6 +199,7 @@ def test_splits_keep_the_share_of_every_class():
 
 def test_what_cannot_be_calibrated_is_refused():
     z, y, decoded = samples(count=20)
+    nan = float("nan")
     infinite = z.clone()
     infinite[0, 0] = float("inf")
     for call, message in (
@@ -216,7 +217,24 @@ def test_what_cannot_be_calibrated_is_refused():
         (lambda: Calibrator(1.0, {"c": 0.1}).confidence(z, decoded), "early decoder 'c' has no predictions"),
         (lambda: calibration_error(z[:, 0], y == 0), r"probabilities in \[0, 1\]"),
         (lambda: calibration_error(torch.rand(3), torch.ones(4)), r"correctness \(4,\)"),
-        (lambda: calibration_error(torch.rand(3), torch.ones(3), bins=0), "0 bins"),
+        (lambda: calibration_error(torch.rand(3), torch.ones(3), bins=0), "bins=0"),
+        (lambda: calibration_error(torch.rand(3), torch.ones(3), bins=1.5), r"bins=1\.5"),
+        (lambda: calibration_error(torch.tensor([nan, 0.5]), torch.ones(2)), "confidences from nan to nan"),
+        (lambda: calibration_error(torch.tensor([-0.1, 0.5]), torch.ones(2)), "confidences from -0.1 to 0.5"),
+        (lambda: calibration_error(torch.rand(3), torch.tensor([5.0, 2, 3])), "correct other than 0 and 1"),
+        (lambda: calibration_error(torch.rand(2), torch.tensor([nan, 1])), "correct other than 0 and 1"),
+        (lambda: calibration_table(z, y, decoded, splits=1.5), r"splits=1\.5"),
+        (lambda: fit_calibrator(z, y == 0), "torch.bool"),
+        (lambda: fit_calibrator(z, y, lr=0.0), r"lr=0\.0"),
+        (lambda: fit_calibrator(z, y, lr=-0.1), r"lr=-0\.1"),
+        (lambda: fit_calibrator(z, y, lr=nan), "lr=nan"),
+        (lambda: fit_calibrator(z, y, iterations=0), "iterations=0"),
+        (lambda: fit_calibrator(z, y, iterations=-1), "iterations=-1"),
+        (lambda: Calibrator(0.0), r"temperature 0\.0"),
+        (lambda: Calibrator(-1.0), r"temperature -1\.0"),
+        (lambda: Calibrator(nan), "temperature nan"),
+        (lambda: Calibrator(float("inf")), "temperature inf"),
+        (lambda: Calibrator(1.0, {"a": -0.5, "b": 2.0, "c": -0.75}), r"as low as -0\.25"),
     ):
         with pytest.raises(InvalidOption, match=message):
             call()

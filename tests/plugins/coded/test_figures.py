@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from dataclasses import replace
 
 import matplotlib as mpl
 import pytest
 import torch
 from matplotlib.figure import Figure
 
+from surgery.errors import InvalidOption
 from surgery_coded import BinaryReport, figures
 from surgery_coded.analysis import Agreement, Collected
 from surgery_coded.calibration import CalibrationTable
@@ -52,8 +55,54 @@ def test_figures_draw_into_the_given_axes_and_leave_matplotlib_as_it_was(draw, d
 def test_bars_are_the_accuracies_of_the_decoders():
     """Decoders right in 1 and 3 of 4 samples; the network in 3 of 4."""
     axes = figures.draw_decoders(COLLECTED)
-    assert [bar.get_height() for bar in axes.patches] == [25.0, 75.0]
-    assert axes.lines[0].get_ydata()[0] == 75.0
+    assert [bar.get_width() for bar in axes.patches] == [25.0, 75.0]
+    assert axes.lines[0].get_xdata()[0] == 75.0
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["layer2.0  25.0 %", "layer3.0  75.0 %"]
+
+
+def assert_labels_keep_apart(axes, which):
+    """No label of an axis touches its neighbor or leaves the figure."""
+    axes.figure.savefig(io.BytesIO())
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    low, high = sorted(axis.get_view_interval())
+    shown = [
+        label for place, label in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True) if low <= place <= high
+    ]
+    boxes = [label.get_window_extent() for label in shown]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(box.x0 >= 0 and box.y0 >= 0 for box in boxes)
+    return [label.get_text() for label in shown]
+
+
+@pytest.mark.parametrize("count", [1, 4, 8, 11, 39])
+def test_labels_keep_apart_however_many_blocks_there_are(count):
+    decoded = {f"trunk_output.block3.block3-{i}": torch.tensor([0, 1, 2, 1]) for i in range(count)}
+    axes = figures.draw_decoders(replace(COLLECTED, decoded=decoded))
+    assert len(assert_labels_keep_apart(axes, "y")) == count
+    assert axes.bbox.width > 0.55 * axes.figure.bbox.width
+    assert axes._left_title.get_window_extent().x1 < axes.figure.bbox.width
+    share = torch.full((count + 1,), 1 / (count + 1), dtype=torch.float64)
+    labels = assert_labels_keep_apart(figures.draw_agreement(Agreement(share, share, share)), "x")
+    assert ("%" in labels[0]) == (count <= 8)
+    labels = assert_labels_keep_apart(
+        figures.draw_removal(RemovalAccuracy("b", {0: 0.9}, dict.fromkeys(range(count), 1))), "x"
+    )
+    assert all(label.isdigit() for label in labels)
+
+
+def test_what_cannot_be_drawn_is_refused():
+    nothing = torch.zeros(1, 2)
+    for call, message in (
+        (
+            lambda: figures.draw_output_distribution(replace(OUTPUTS, active=nothing, inactive=nothing)),
+            "no output counted",
+        ),
+        (lambda: figures.draw_binary({}), r"reports of classes \[\]"),
+        (lambda: figures.draw_binary(REPORTS, names=["a"] * 7), r"classes \[3, 7\] and 7 names"),
+        (lambda: figures.draw_binary(REPORTS, names=[]), "0 names"),
+    ):
+        with pytest.raises(InvalidOption, match=message):
+            call()
 
 
 def test_lines_are_the_accuracies_without_the_branches():

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import surgery
+import surgery_coded
 from surgery.errors import InvalidOption, NothingConverted
 from surgery.models import CifarResNet, resnext
 from surgery.testing import tiny_networks, unsettle
@@ -547,3 +548,37 @@ def test_early_decoding_refuses_what_it_cannot_decode():
     for model, message in ((network(), "expected a network"), (coded.train(), "train mode"), (pruned, "was cut")):
         with pytest.raises(InvalidOption, match=message):
             early_decode(model, torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("classes", [[], [-1], [6], [1.5], [True], [0, 0], "3", None])
+def test_masking_refuses_what_pruning_refuses(classes):
+    coded = surgery.convert(network(groups=4, classes=6), "coded", input_size=32)
+    for call in (lambda: surgery_coded.mask_branches(coded, classes), lambda: surgery.plan(coded, classes=classes)):
+        with pytest.raises(InvalidOption, match=r"classes=|expects classes"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("active", "expected"),
+    [
+        (torch.ones(3), r"shape \(3,\), expected \(4,\) or \(B, 4\)"),
+        (torch.tensor([1, 1, 0.5, 0]), "active other than 0 and 1, expected bool"),
+        (torch.tensor([1, 1, torch.nan, 0]), "active other than 0 and 1, expected bool"),
+        ([1, 1, -1, 0], "active other than 0 and 1, expected bool"),
+    ],
+)
+def test_switching_refuses_what_is_neither_on_nor_off(active, expected):
+    coded = surgery.convert(network(groups=4, classes=6), "coded", input_size=32)
+    with pytest.raises(InvalidOption, match=expected):
+        surgery_coded.switch_branches(coded, "layer3.0", active)
+
+
+def test_switching_and_masking_name_a_network_that_is_not_coded():
+    plain = network(groups=4, classes=6)
+    with pytest.raises(InvalidOption, match="switch_branches: found a CifarResNet, expected a network converted"):
+        surgery_coded.switch_branches(plain, "layer3.0", None)
+    with pytest.raises(InvalidOption, match="mask_branches: found a CifarResNet, expected a network converted"):
+        surgery_coded.mask_branches(plain, [0])
+    coded = surgery.convert(plain, "coded", input_size=32)
+    with pytest.raises(InvalidOption, match=r"'layer1.0' is no coded block, expected one of layer2.0, "):
+        surgery_coded.switch_branches(coded, "layer1.0", None)

@@ -189,8 +189,8 @@ def test_requests_that_leave_no_choice_are_answered(parameters: tuple[int, int, 
         ((10, 4, 2), r"C\(4, 2\) = 6 < 10 classes"),
         ((2, 8, 8), r"C\(8, 8\) = 1 < 2; ratio 1 needs no scheme"),
         ((10, 8, 9), "10 classes with 9/8 active branches: expected 1 <= active <= branches"),
-        ((10, 8, 0), "expected 1 <= active <= branches"),
-        ((0, 8, 4), "at least one class"),
+        ((10, 8, 0), "found active=0, expected a whole number of at least 1"),
+        ((0, 8, 4), "found classes=0, expected a whole number of at least 1"),
         ((10, 65, 4), "at most 64 branches"),
     ],
 )
@@ -199,9 +199,17 @@ def test_infeasible_requests_are_refused_with_the_inequality(parameters: tuple[i
         CodingScheme.search(*parameters)
 
 
-def test_a_negative_seed_is_refused() -> None:
-    with pytest.raises(InvalidOption, match="found seed=-1"):
-        CodingScheme.search(10, 8, 4, seed=-1)
+@pytest.mark.parametrize("value", ["10", 10.0, None, True, -1])
+@pytest.mark.parametrize("name", ["classes", "branches", "active", "seed"])
+def test_what_is_no_whole_number_is_refused(name: str, value: object) -> None:
+    numbers: dict[str, object] = {"classes": 10, "branches": 10, "active": 5, "seed": 0, name: value}
+    with pytest.raises(InvalidOption, match=f"found {name}={value!r}, expected a whole number"):
+        CodingScheme.search(**numbers)  # type: ignore[arg-type]
+
+
+def test_integers_of_any_type_ask_for_the_same_scheme() -> None:
+    ten = np.int64(10)
+    assert CodingScheme.search(ten, ten, np.int64(5), np.int64(0)) == CodingScheme.search(10, 10, 5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("length", [7, 15, 21, 31, 63])
