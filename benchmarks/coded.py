@@ -9,6 +9,7 @@ branch output, as the paper's formulas are written.
 from __future__ import annotations
 
 import argparse
+import gc
 import contextlib
 import json
 import subprocess
@@ -174,6 +175,7 @@ def child(name: str, options: argparse.Namespace) -> dict[str, float]:
 def memory_of(name: str, options: argparse.Namespace) -> dict[str, float]:
     """Return the peak of a whole training step in MiB: of the process on the CPU, of the allocator on a GPU."""
     step = step_of(name, options)
+    gc.collect()  # the network that was converted waits in reference cycles and is no part of a step
     if options.device != "cpu":
         step()
         torch.cuda.reset_peak_memory_stats()
