@@ -9,8 +9,8 @@ branch output, as the paper's formulas are written.
 from __future__ import annotations
 
 import argparse
-import gc
 import contextlib
+import gc
 import json
 import subprocess
 import sys

@@ -6,9 +6,12 @@ No number in that page is typed by hand.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import report_gated
+from tables import machine, ms, percent, spread, table
 
 HERE = Path(__file__).parent
 PAGE = HERE / "README.md"
@@ -30,7 +33,8 @@ def render() -> str:
     lines = [HEAD]
     for path in sorted((HERE / "results").glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        lines += RENDERERS[path.stem.partition("-")[0]](result)
+        name = max((name for name in RENDERERS if path.stem.startswith(name)), key=len)
+        lines += RENDERERS[name](result)
     return "\n".join(lines) + "\n"
 
 
@@ -228,41 +232,15 @@ def claims_of_coded(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     )
 
 
-def percent(values: Sequence[float | None]) -> str:
-    """Return mean, smallest and largest of the shares that are known, in percent."""
-    known = [100 * value for value in values if value is not None]
-    if not known:
-        return ""
-    return f"{sum(known) / len(known):.1f} ({min(known):.1f} to {max(known):.1f})"
-
-
-def machine(result: Mapping[str, Any]) -> str:
-    env = result["environment"]
-    packages = ", ".join(f"{name} {version}" for name, version in env["packages"].items())
-    return f"{env['gpu'] or env['processor']}, {env['threads']} threads; {packages}; commit {env['commit'][:12]}.\n"
-
-
-def ms(times: Mapping[str, float]) -> str:
-    return f"{times['median_ms']:.0f}" if times["median_ms"] >= 10 else f"{times['median_ms']:.2f}"
-
-
-def spread(ratio: Mapping[str, float]) -> str:
-    return f"{ratio['median']:.3f} ({ratio['q1']:.3f} to {ratio['q3']:.3f})"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    yield "| " + " | ".join(head) + " |"
-    yield "|" + "---|" * len(head)
-    for row in rows:
-        yield "| " + " | ".join(row) + " |"
-    yield ""
-
-
-RENDERERS = {
-    "claims": claims,
+# By the beginning of a result's file name; the longest one that fits is taken.
+RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
+    "claims-coded": claims,
+    "claims-gated": report_gated.claims,
     "coded": coded,
     "core": core,
     "coverage": coverage,
+    "gated-pruning": report_gated.pruning,
+    "gated-skipping": report_gated.skipping,
     "published": published,
     "schemes": schemes,
 }

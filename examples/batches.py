@@ -88,3 +88,23 @@ def whole_batches(split: Split, batch_size: int, workers: int) -> DataLoader[Ten
     """Return a loader of all images of `split` in order, without augmentation and without the global generator."""
     chunks = torch.arange(len(split)).split(batch_size)
     return DataLoader(_Whole(split, chunks), batch_size=None, num_workers=workers, generator=torch.Generator())
+
+
+@dataclass(frozen=True, eq=False)
+class _Labelled(Dataset[tuple[Tensor, Tensor]]):
+    """Images and class indices of a split in order, a batch at a time."""
+
+    images: _Whole
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.images.split.targets[self.images.chunks[index]]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def labelled_batches(split: Split, batch_size: int = 256, workers: int = 0) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Return what `whole_batches` does, with the class indices."""
+    chunks = torch.arange(len(split)).split(batch_size)
+    whole = _Labelled(_Whole(split, chunks))
+    return DataLoader(whole, batch_size=None, num_workers=workers, generator=torch.Generator())

@@ -11,15 +11,13 @@ Stopped at any step and started again, it goes on with the same numbers. Under `
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -28,32 +26,17 @@ from torch import Tensor, nn
 import figures
 import surgery
 import surgery_coded
-from checkpoints import CheckpointError
-from data import Data, DataNotFound, first_images, load
-from glyphs import FontsUnavailable
+from commands import MISTAKES, Setup, parser, prepare
+from data import Data
 from inside import Inside, look_inside
 from outliers import outliers_for
-from recipe import Component, Recipe, RecipeError
+from pairs import Pair, train_both
+from recipe import Component
 from splits import Split, sample
-from training import Epoch, Evaluation, Task, benchmark_ms, evaluate, set_seed, train
+from training import Evaluation, benchmark_ms, evaluate
 
 Evaluate = Callable[[nn.Module, Split], Evaluation]
-RECIPES = Path(__file__).parent / "recipes"
-SMOKE_EPOCHS, SMOKE_IMAGES = 1, 256
 TIMED_IMAGES, THRESHOLD_IMAGES = 64, 50_000
-MISTAKES = (
-    surgery.SurgeryError, RecipeError, DataNotFound, CheckpointError, FontsUnavailable, FloatingPointError, ValueError
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Networks:
-    """The trained networks, in eval mode, and how their training went."""
-
-    plain: nn.Module
-    coded: surgery.ConvertedNetwork
-    plain_epochs: tuple[Epoch, ...]
-    coded_epochs: tuple[Epoch, ...]
 
 
 @dataclass(frozen=True)
@@ -74,51 +57,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     console = Console()
     try:
-        recipe = Recipe.from_toml(options.recipe)
-        data = load(recipe.data.name, options.data, **recipe.data.options)
-        if options.smoke:
-            recipe, data = _smaller(recipe), first_images(data, SMOKE_IMAGES)
-        run_dir = options.run_dir or Path("runs") / f"{options.recipe.stem}{'-smoke' if options.smoke else ''}"
-        device = _usable(options.device, options.one_class, data)
-        networks = train_both(recipe, data, run_dir, resume=not options.restart, device=device)
-        run = partial(evaluate, device=device, workers=recipe.training.workers)
-        metrics = examine(networks, data, options.one_class, run_dir, console, run)
+        setup = prepare(options)
+        _check_class(options.one_class, setup.data)
+        metrics = _run(setup, options.one_class, console)
     except MISTAKES as error:
         raise SystemExit(f"coded.py: {error}") from error
-    (run_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    console.print(f"Figures, metrics.json and checkpoints are in {run_dir}/")
+    (setup.run_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    console.print(f"Figures, metrics.json and checkpoints are in {setup.run_dir}/")
 
 
-def train_both(recipe: Recipe, data: Data, run_dir: Path, *, resume: bool, device: str) -> Networks:
-    """Train the plain network and its coded form from the same weights, under the same budget."""
+def _run(setup: Setup, one_class: int, console: Console) -> dict[str, Any]:
+    recipe, data, run_dir, device = setup.recipe, setup.data, setup.run_dir, setup.device
     method = recipe.method or Component("coded")
-    set_seed(recipe.training.seed)
-    plain = build(recipe, data)
-    coded = surgery.convert(copy.deepcopy(plain), method.name, input_size=data.image_size, **method.options)
-    loss = nn.CrossEntropyLoss(label_smoothing=recipe.training.label_smoothing)
-
-    def groups(model: nn.Module) -> list[dict[str, Any]]:
-        return surgery.param_groups(model, lr=recipe.training.lr, weight_decay=recipe.training.weight_decay)
-
-    kwargs = {"groups": groups, "resume": resume, "device": device}
-    before = train(plain, Task(loss), data, recipe, run_dir=run_dir / "plain", label="plain", **kwargs)
-    objective = surgery.Objective(coded, loss)
-    after = train(coded, objective, data, recipe, run_dir=run_dir / "coded", label="coded", **kwargs)
-    return Networks(plain.eval(), coded.eval(), before, after)
-
-
-def build(recipe: Recipe, data: Data) -> nn.Module:
-    """Build the recipe's network, from timm's registry (which holds the networks of `surgery.models` too)."""
-    if not timm.is_model(recipe.model.name):
-        raise RecipeError(f"[model] name {recipe.model.name!r} is no network of timm; timm.list_models() lists them.")
-    return timm.create_model(recipe.model.name, num_classes=len(data.classes), **recipe.model.options)
+    networks = train_both(recipe, data, run_dir, method, resume=setup.resume, device=device)
+    run = partial(evaluate, device=device, workers=recipe.training.workers)
+    return examine(networks, data, one_class, run_dir, console, run)
 
 
 def examine(
-    networks: Networks, data: Data, one_class: int, run_dir: Path, console: Console, run: Evaluate
+    networks: Pair, data: Data, one_class: int, run_dir: Path, console: Console, run: Evaluate
 ) -> dict[str, Any]:
     """Measure the networks, print the table, write figures and checkpoints; return the metrics."""
-    plain, coded = networks.plain, networks.coded
+    plain, coded = networks.plain, networks.converted
     baseline, inside = run(plain, data.test), look_inside(coded, data.test)
     accuracy = inside.seen.accuracy
     binary = cut_out(coded, data, one_class, run)
@@ -175,10 +135,17 @@ def cut_out(coded: surgery.ConvertedNetwork, data: Data, one_class: int, run: Ev
     return OneClass(data.classes[one_class], network, plan, report, with_outliers, logits, positive)
 
 
-def _draw(networks: Networks, data: Data, inside: Inside, binary: OneClass, folder: Path) -> None:
-    figures.draw_training(networks.plain_epochs, networks.coded_epochs, folder / "training.png")
+def _draw(networks: Pair, data: Data, inside: Inside, binary: OneClass, folder: Path) -> None:
+    figures.draw_training(
+        networks.plain_epochs,
+        networks.converted_epochs,
+        folder / "training.png",
+        method="coded",
+        term="coding",
+        label="coding loss x mu",
+    )
     energies = surgery_coded.energy_by_class(inside.seen)
-    figures.draw_energies(networks.coded, energies, data.classes, folder / "energies.png")
+    figures.draw_energies(networks.converted, energies, data.classes, folder / "energies.png")
     figures.draw_binary(binary.logits, binary.positive, binary.report.threshold, binary.name, folder / "binary.png")
     inside.draw(folder)
 
@@ -205,32 +172,15 @@ def _binary_line(binary: OneClass) -> str:
     return line
 
 
-def _usable(device: str, one_class: int, data: Data) -> str:
-    """Check before the training what would otherwise fail after it."""
+def _check_class(one_class: int, data: Data) -> None:
     if not 0 <= one_class < len(data.classes):
         raise ValueError(f"--one-class {one_class}: expected an index from 0 to {len(data.classes) - 1}.")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch finds no such device; use --device cpu.")
-    return device
-
-
-def _smaller(recipe: Recipe) -> Recipe:
-    training = replace(recipe.training, epochs=SMOKE_EPOCHS, warmup_epochs=0, cooldown_epochs=0)
-    return replace(recipe, training=training)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--recipe", type=Path, default=RECIPES / "coded-digits.toml", help="TOML file with the whole set-up"
-    )
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of CIFAR or of the image folders")
-    parser.add_argument("--run-dir", type=Path, help="where to write; default: runs/<name of the recipe>")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, xla, ...")
-    parser.add_argument("--one-class", type=int, default=3, help="index of the class to cut out")
-    parser.add_argument("--smoke", action="store_true", help="one epoch on a few images, to see that everything runs")
-    parser.add_argument("--restart", action="store_true", help="do not go on from a checkpoint in the run folder")
-    return parser.parse_args(arguments)
+    made = parser(__doc__, "coded-digits")
+    made.add_argument("--one-class", type=int, default=3, help="index of the class to cut out")
+    return made.parse_args(arguments)
 
 
 if __name__ == "__main__":

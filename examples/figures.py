@@ -18,19 +18,21 @@ BLUE, ORANGE, GREY = "#2a6fbb", "#d9822b", "#8a8f98"
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "font.size": 10}
 
 
-def draw_training(plain: Sequence[Epoch], coded: Sequence[Epoch], path: Path) -> None:
-    """Draw test accuracy and losses of both networks over the epochs."""
+def draw_training(
+    plain: Sequence[Epoch], converted: Sequence[Epoch], path: Path, *, method: str, term: str, label: str
+) -> None:
+    """Draw test accuracy and losses of both networks over the epochs; `term` is the loss that the method adds."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.4), layout="constrained")
         accuracy, loss = figure.subplots(1, 2)
-        for epochs, name, colour in ((plain, "plain", GREY), (coded, "coded", BLUE)):
+        for epochs, name, colour in ((plain, "plain", GREY), (converted, method, BLUE)):
             known = [(epoch.epoch + 1, epoch.accuracy) for epoch in epochs if epoch.accuracy is not None]
             accuracy.plot(*zip(*known, strict=True), color=colour, label=name, marker="o", markersize=3)
             loss.plot(
                 [e.epoch + 1 for e in epochs], [e.terms["task"] for e in epochs], color=colour, label=f"{name}, task"
             )
-        terms = [epoch.terms["coding"] for epoch in coded]
-        loss.plot([e.epoch + 1 for e in coded], terms, color=ORANGE, label="coded, coding loss x mu")
+        terms = [epoch.terms[term] for epoch in converted]
+        loss.plot([e.epoch + 1 for e in converted], terms, color=ORANGE, label=f"{method}, {label}")
         accuracy.set(title="Test accuracy", xlabel="epoch", ylim=(None, 1.0))
         loss.set(title="Training loss", xlabel="epoch", yscale="log")
         for axes in (accuracy, loss):

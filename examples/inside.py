@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import surgery
 import surgery_coded
+from batches import labelled_batches
 from splits import Split
 from surgery_coded import figures
 
@@ -76,7 +76,7 @@ class Inside:
 
 def look_inside(coded: surgery.ConvertedNetwork, test: Split) -> Inside:
     """Measure what the paper's Fig. 2a and Tables 3 and 6 show."""
-    seen = surgery_coded.collect(coded, _batches(test))
+    seen = surgery_coded.collect(coded, labelled_batches(test, BATCH))
     blocks = [block for block in coded.meta["architecture"].blocks if block.path in seen.energies]
     stages = list(dict.fromkeys(block.stage for block in blocks))
     chosen = [block.path for block in blocks if block.stage == stages[-2:][0]][-1]
@@ -84,12 +84,7 @@ def look_inside(coded: surgery.ConvertedNetwork, test: Split) -> Inside:
     alone = bool((torch.bincount(seen.targets) == 1).any())
     return Inside(
         seen,
-        surgery_coded.removal_accuracy(coded, _batches(test), chosen),
+        surgery_coded.removal_accuracy(coded, labelled_batches(test, BATCH), chosen),
         surgery_coded.agreement(seen.decoded, seen.logits, seen.targets),
         None if alone else surgery_coded.calibration_table(*evidence, splits=CALIBRATION_SPLITS),
     )
-
-
-def _batches(split: Split) -> Iterator[tuple[Tensor, Tensor]]:
-    for indices in torch.arange(len(split)).split(BATCH):
-        yield split.batch(indices), split.targets[indices]

@@ -9,6 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+# settings that do not change the numbers of a run, so a run may go on with others
+FREE_SETTINGS = ("checkpoint_steps", "workers")
+# settings that came later: at their defaults they are left out, so that a run from before can go on
+LATER_SETTINGS = ("milestones", "gamma", "start")
+
 
 class RecipeError(ValueError):
     """A recipe file says something that is not understood."""
@@ -24,12 +29,16 @@ class Component:
 
 @dataclass(frozen=True)
 class Training:
-    """How a network is trained: SGD with a linear warm-up, a cosine and a constant end.
+    """How a network is trained: SGD with a linear warm-up, a cosine and a constant end, or with steps down.
 
     Attributes:
         epochs: All epochs, warm-up and cool-down included.
         lr: Peak of the learning rate; groups of parameters with another rate follow the same curve in proportion.
         final_lr: Where the cosine ends.
+        schedule: The curve behind the warm-up: "cosine" falls from `lr` to `final_lr`, "step" multiplies `lr` by
+            `gamma` once each of the `milestones` is reached, "constant" stays at `lr`.
+        milestones: Completed epochs, rising, for "step" alone.
+        gamma: Factor of one step, in (0, 1], for "step" alone.
         warmup_epochs: First epochs, in which the rate rises linearly from `warmup_lr` to `lr`. They replace the start
             of the cosine and do not delay it (timm's convention).
         cooldown_epochs: Last epochs, at `final_lr`.
@@ -40,13 +49,17 @@ class Training:
         checkpoint_steps: Steps between two checkpoints; one is also written at the end of every epoch.
         evaluate_epochs: Epochs between two evaluations on the test part; the last epoch always ends with one.
         workers: Processes that prepare batches; 0 prepares them in the training process.
+        start: Which weights of the plain network the converted one begins with: "same", those that the plain network
+            began with, or "trained", those that it ended with.
     """
 
     epochs: int = 10
     batch_size: int = 64
     lr: float = 0.1
     final_lr: float = 0.0
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "step"] = "cosine"
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
     warmup_epochs: int = 0
     warmup_lr: float = 0.0
     cooldown_epochs: int = 0
@@ -62,6 +75,7 @@ class Training:
     checkpoint_steps: int = 500
     evaluate_epochs: int = 1
     workers: int = 0
+    start: Literal["same", "trained"] = "same"
 
     def __post_init__(self) -> None:
         """Check the ranges that the types cannot say."""
@@ -74,6 +88,22 @@ class Training:
             self.warmup_epochs + self.cooldown_epochs <= self.epochs,
             f"training.epochs is {self.epochs}, less than warmup_epochs + cooldown_epochs; raise it.",
         )
+        self._check_steps()
+
+    def _check_steps(self) -> None:
+        steps = self.milestones
+        if self.schedule != "step":
+            unused = not steps and self.gamma == Training.gamma
+            message = f'training.milestones and training.gamma belong to schedule = "step", found {self.schedule!r};'
+            _require(unused, f"{message} set the schedule, or leave them out.")
+            return
+        rising = all(before < after for before, after in zip((0, *steps), (*steps, self.epochs), strict=True))
+        _require(
+            bool(steps) and rising,
+            f"training.milestones is {list(steps)}; expected rising epochs, at least one, from 1 to before "
+            f"training.epochs = {self.epochs}.",
+        )
+        _require(0 < self.gamma <= 1, f"training.gamma is {self.gamma}; expected more than 0 and at most 1.")
 
 
 @dataclass(frozen=True)
@@ -122,7 +152,25 @@ class Recipe:
         """Return the inverse of `from_tables`, every default written out."""
         parts = {"data": self.data, "model": self.model, "method": self.method}
         tables: dict[str, Any] = {k: {"name": v.name, **v.options} for k, v in parts.items() if v is not None}
-        return {**tables, "training": dataclasses.asdict(self.training)}
+        training = dataclasses.asdict(self.training)
+        return {**tables, "training": {**training, "milestones": list(self.training.milestones)}}
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that the numbers of a run follow from, as JSON values."""
+        tables, default = self.to_tables(), Recipe().to_tables()["training"]
+        tables["training"] = {
+            key: value
+            for key, value in tables["training"].items()
+            if key not in FREE_SETTINGS and not (key in LATER_SETTINGS and value == default[key])
+        }
+        return tables
+
+    def shortened(self, epochs: int) -> Recipe:
+        """Return the recipe for so few epochs that there is no warm-up, cool-down or step."""
+        changes: dict[str, Any] = {"epochs": epochs, "warmup_epochs": 0, "cooldown_epochs": 0}
+        if self.training.schedule == "step":
+            changes |= {"schedule": "constant", "milestones": (), "gamma": Training.gamma}
+        return dataclasses.replace(self, training=dataclasses.replace(self.training, **changes))
 
 
 def _require(condition: bool, message: str) -> None:
@@ -144,10 +192,14 @@ def _training(values: Mapping[str, Any]) -> Training:
     return Training(**checked)
 
 
-def _typed(key: str, value: object, expected: Any) -> object:
+def _typed(key: str, value: Any, expected: Any) -> object:
     if get_origin(expected) is Literal:
         _require(value in get_args(expected), f"training.{key} is {value!r}; expected one of {get_args(expected)}.")
         return value
+    if get_origin(expected) is tuple:
+        whole = isinstance(value, list | tuple) and all(type(item) is int for item in value)
+        _require(whole, f"training.{key} is {value!r}; expected a list of whole numbers, such as [30, 60, 90].")
+        return tuple(value)
     if expected is float and type(value) is int:
         return float(value)
     # `type() is`, since a TOML true would pass as the integer 1

@@ -6,7 +6,7 @@ import csv
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -137,13 +137,18 @@ class Reporter:
 
 
 def benchmark_ms(first: nn.Module, second: nn.Module, images: Tensor, repeats: int = 30) -> tuple[float, float]:
-    """Measure the inference time of two networks in turns, so that a change of load meets both.
+    """Measure the inference time of two networks, see `benchmark_all_ms`."""
+    times = benchmark_all_ms((first, second), images, repeats)
+    return times[0], times[1]
+
+
+def benchmark_all_ms(models: Sequence[nn.Module], images: Tensor, repeats: int = 30) -> list[float]:
+    """Measure the inference time of networks in turns, so that a change of load meets all of them.
 
     Returns:
         Median milliseconds of one forward pass of `images`, for each network, in eval mode.
     """
-    models = first, second
-    times: tuple[list[float], list[float]] = [], []
+    times: list[list[float]] = [[] for _ in models]
     modes = [model.training for model in models]
     with torch.inference_mode():
         for turn in range(-3, repeats):  # three unmeasured turns warm up
@@ -153,7 +158,7 @@ def benchmark_ms(first: nn.Module, second: nn.Module, images: Tensor, repeats: i
                     measured.append(elapsed)
     for model, mode in zip(models, modes, strict=True):
         model.train(mode)
-    return statistics.median(times[0]), statistics.median(times[1])
+    return [statistics.median(measured) for measured in times]
 
 
 def _time_forward(model: nn.Module, images: Tensor) -> float:

@@ -33,8 +33,6 @@ __all__ = [
 ]  # fmt: skip
 
 CHECKPOINT, STEPS = "training.safetensors", "steps.csv"
-# settings that do not change the numbers of a run, so a run may go on with others
-FREE_SETTINGS = ("checkpoint_steps", "workers")
 
 Groups = Callable[[nn.Module], list[dict[str, Any]]]
 
@@ -90,13 +88,15 @@ def set_seed(seed: int) -> None:
 
 
 def learning_rate(training: Training, epoch: float) -> float:
-    """Return the learning rate after `epoch` epochs: Loshchilov & Hutter 2017, eq. (5), without restarts."""
+    """Return the learning rate after `epoch` epochs; the cosine is Loshchilov & Hutter 2017, eq. (5), no restarts."""
     if training.lr_unit == "epoch":
         epoch = math.floor(epoch)
     if epoch < training.warmup_epochs:
         return training.warmup_lr + (training.lr - training.warmup_lr) * epoch / training.warmup_epochs
     if training.schedule == "constant":
         return training.lr
+    if training.schedule == "step":
+        return training.lr * training.gamma ** sum(milestone <= epoch for milestone in training.milestones)
     part = min(epoch / max(training.epochs - training.cooldown_epochs, 1), 1.0)
     return training.final_lr + (training.lr - training.final_lr) * (1 + math.cos(math.pi * part)) / 2
 
@@ -137,6 +137,7 @@ def train(
     progress: bool = True,
     label: str = "train",
     on_step: Callable[[Step], None] | None = None,
+    on_epoch: Callable[[nn.Module, Epoch], None] | None = None,
 ) -> tuple[Epoch, ...]:
     """Train `model` in place as `recipe.training` says.
 
@@ -153,6 +154,8 @@ def train(
         progress: Whether to show a bar on a terminal and a line per epoch elsewhere.
         label: What the bar or the lines begin with.
         on_step: Called after every step.
+        on_epoch: Called with the network at the end of every epoch, before the checkpoint: a run that goes on has
+            either called it for an epoch, or calls it again with the same network.
 
     Returns:
         What happened in every epoch, those before a resume included.
@@ -178,7 +181,10 @@ def train(
             reporter.step(step, len(targets))
             finished = state.step % run.batches.per_epoch == 0
             if finished:
-                reporter.epoch(run.finish_epoch(state, step, time.perf_counter() - started))
+                epoch = run.finish_epoch(state, step, time.perf_counter() - started)
+                reporter.epoch(epoch)
+                if on_epoch:
+                    on_epoch(model, epoch)
                 started = time.perf_counter()
             if log and (finished or signals or state.step % recipe.training.checkpoint_steps == 0):
                 run.save(state, log)
@@ -218,10 +224,8 @@ class _Run:
             data.train, t.batch_size, t.seed, augment=t.augment, drop_last=t.drop_last, rank=rank, world=world
         )
         self.total = t.epochs * self.batches.per_epoch
-        tables = recipe.to_tables()
-        tables["training"] = {k: v for k, v in tables["training"].items() if k not in FREE_SETTINGS}
         self._identity = {
-            "recipe": tables,
+            "recipe": recipe.identity(),
             "data": {"name": data.name, "train": len(data.train), "test": len(data.test)},
         }
 

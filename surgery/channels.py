@@ -113,11 +113,13 @@ class Pin:
         space: The space.
         reason: What holds it.
         path: Path of the module that holds it, or "" where it is no module.
+        boundary: Whether it is what the analysed module reads or returns, so that only what lies outside holds it.
     """
 
     space: int
     reason: str
     path: str = ""
+    boundary: bool = False
 
 
 @dataclass
@@ -160,9 +162,9 @@ class ChannelMap:
             self._parents[second] = first
         return first
 
-    def pin(self, space: int, reason: str, path: str = "") -> None:
+    def pin(self, space: int, reason: str, path: str = "", *, boundary: bool = False) -> None:
         """Declare that `space` cannot change, because of the module at `path` if one is given."""
-        self.pins.append(Pin(space, reason, path))
+        self.pins.append(Pin(space, reason, path, boundary))
 
     def pins_of(self, space: int) -> list[Pin]:
         """Return everything that keeps `space` from changing."""
@@ -175,9 +177,11 @@ def channel_map(module: SurgeryModule) -> ChannelMap:
     channels = ChannelMap()
     first = next(iter(module.graph.nodes))
     size = first.meta[SIZE][1] if SIZE in first.meta else 0
-    out = _walk(channels, module, "", channels.new(size, "it is the input of the module"))
+    source = channels.new(size)
+    channels.pin(source, "it is the input of the module", boundary=True)
+    out = _walk(channels, module, "", source)
     if out is not None:
-        channels.pin(out, "it is the output of the module")
+        channels.pin(out, "it is the output of the module", boundary=True)
     return channels
 
 

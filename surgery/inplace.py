@@ -5,9 +5,11 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 
+import torch
 from torch import fx, nn
 
 from surgery.network import BlockModule, ConvertedNetwork, SurgeryModule
+from surgery.shapes import SIZE, hollow
 
 _OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub}
 _VIEWS = frozenset(
@@ -125,10 +127,13 @@ def _defuse(owner: SurgeryModule, node: fx.Node, value: fx.Node) -> bool:
     if not node.args or (node.args[0] is not value and value not in node.all_input_nodes[:1]):
         return False
     if node.op == "call_module":
-        writers = [m for m in owner.get_submodule(str(node.target)).modules() if getattr(m, "inplace", False) is True]
+        called = owner.get_submodule(str(node.target))
+        writers = [module for module in called.modules() if getattr(module, "inplace", False) is True]
+        if not writers or not _overwrites(called, value):
+            return False
         for module in writers:
             module.inplace = False  # type: ignore[assignment]
-        return bool(writers)
+        return True
     if node.op == "call_function" and node.target in _OUT_OF_PLACE:
         node.target = _OUT_OF_PLACE[node.target]
         return True
@@ -140,6 +145,18 @@ def _defuse(owner: SurgeryModule, node: fx.Node, value: fx.Node) -> bool:
         node.target = name.removesuffix("_")
         return True
     return _replace_inplace_function(node, name)
+
+
+def _overwrites(module: nn.Module, value: fx.Node) -> bool:
+    """Return whether a module with an in-place part writes to its input: a norm with an activation writes its own."""
+    if not any(True for _ in module.parameters()) or SIZE not in value.meta:
+        return True
+    dtype = next(module.parameters()).dtype
+    probe = torch.empty(value.meta[SIZE], dtype=dtype, device="meta")
+    before = probe._version
+    with torch.no_grad():
+        hollow(module)(probe)
+    return bool(probe._version > before)
 
 
 def _replace_inplace_function(node: fx.Node, name: str) -> bool:

@@ -53,11 +53,13 @@ class ParameterRule:
         names: Parameter names, as in `named_parameters()`.
         lr_scale: Factor on the learning rate.
         weight_decay: Weight decay, or None for the user's own.
+        decay_scale: Factor on the user's own weight decay, where `weight_decay` is None.
     """
 
     names: frozenset[str]
     lr_scale: float = 1.0
     weight_decay: float | None = None
+    decay_scale: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.utils.checkpoint import checkpoint
 
 from surgery.analysis import find_head
@@ -77,17 +78,37 @@ class SurgeryModule(fx.GraphModule):
         self.__reduce__()
 
 
+@runtime_checkable
+class Runner(Protocol):
+    """A module that a method inserted into a block and that can compute the block in its own way, leaving work out.
+
+    It is asked in eval mode and in eager execution only: what is compiled, exported or traced is the graph, which has
+    to compute the same.
+    """
+
+    def run(self, block: BlockModule, *args: Tensor) -> Tensor | None:
+        """Return what the block returns for these inputs, or None to let its graph run."""
+
+
 class BlockModule(SurgeryModule):
     """One block of the network, called by the root graph."""
 
     grad_checkpointing: bool = False
 
     def recompile(self) -> Any:
-        """Generate the forward from the graph, and make it recompute in the backward pass where that is switched on."""
+        """Generate the forward from the graph, and make it recompute in the backward pass where that is switched on.
+
+        In eager eval mode a `Runner` among the modules of the block is asked first.
+        """
         code = super().recompile()
         generated: Callable[..., Tensor] = type(self).forward
+        runner = next((name for name, child in self.named_children() if isinstance(child, Runner)), None)
 
         def forward(self: BlockModule, *args: Tensor) -> Tensor:
+            if runner is not None and not self.training and _is_eager():
+                found: Tensor | None = self._modules[runner].run(self, *args)  # type: ignore[union-attr, operator]
+                if found is not None:
+                    return found
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
                 value: Tensor = checkpoint(generated, self, *args, use_reentrant=False)
                 return value
@@ -95,6 +116,11 @@ class BlockModule(SurgeryModule):
 
         type(self).forward = forward
         return code
+
+
+def _is_eager() -> bool:
+    tracing = is_fx_symbolic_tracing() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return not (tracing or torch.compiler.is_compiling())
 
 
 class ConvertedNetwork(SurgeryModule):

@@ -149,5 +149,5 @@ def _undecayed(network: nn.Module) -> set[str]:
 def _treatment(name: str, rules: list[ParameterRule], lr: float, decay: float) -> tuple[float, float]:
     for rule in rules:
         if name in rule.names:
-            return lr * rule.lr_scale, decay if rule.weight_decay is None else rule.weight_decay
+            return lr * rule.lr_scale, rule.decay_scale * decay if rule.weight_decay is None else rule.weight_decay
     return lr, decay

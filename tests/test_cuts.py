@@ -207,6 +207,17 @@ def test_bypass_leaves_the_input_of_the_block_as_it_was():
     assert (closed.is_residual, closed.convs, closed.params, closed.macs) == (False, (), 0, 0)
 
 
+def test_a_bypass_does_not_take_a_norm_with_an_activation_for_one_that_overwrites_its_input():
+    # A pre-activation block reads its input twice: through a norm that has an in-place ReLU, and on its shortcut.
+    network = timm.create_model("resnetv2_50", layers=(1, 3, 1, 1), num_classes=10).double().eval()
+    network = rebuilt(network, 32)
+    expected = copy.deepcopy(network)
+    expected.block("stages.1.blocks.1").conv3.weight.data.zero_()
+    rewriter = Rewriter(network, "test")
+    rewriter.bypass(rewriter.architecture.block("stages.1.blocks.1"))
+    assert torch.equal(rewriter.finish()(IMAGES), expected(IMAGES))
+
+
 def test_insert_does_not_feed_what_its_own_arguments_are_computed_from():
     network = small()
     rewriter = Rewriter(network, "test")

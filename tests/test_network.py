@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from surgery.analysis import inspect
 from surgery.errors import NotKept, SurgeryError, UnsupportedModel
 from surgery.network import BlockModule, ConvertedNetwork, SurgeryModule
+from surgery.rewriter import Rewriter
 from tests.stand_ins import rebuilt
 
 
@@ -384,3 +385,50 @@ def test_blocks_can_be_sharded_one_by_one(single_process, x):
     output = network(x.double())
     output.sum().backward()
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=0)
+
+
+class Zero(nn.Module):
+    """Compute a block as zero, or leave it to the graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.willing = True
+
+    def forward(self, x):
+        return x
+
+    def run(self, block, x):
+        return x.new_zeros(len(x), 64, *x.shape[2:]) if self.willing else None
+
+
+@pytest.fixture
+def run_by_zero():
+    network = rebuilt(small(), 16)
+    rewriter = Rewriter(network, "test")
+    block = rewriter.architecture.block("layer1.0")
+    rewriter.insert(Zero(), block.input, at=block, role="zero")
+    return rewriter.finish()
+
+
+def test_a_runner_computes_its_block_in_eager_eval_mode(run_by_zero):
+    block = run_by_zero.block("layer1.0")
+    inside = torch.rand(2, 16, 8, 8)
+    seen = []
+    block.register_forward_hook(lambda module, args, output: seen.append(output))
+    assert not block(inside).any()
+    assert not seen[0].any()
+    assert block.train()(inside).any()
+    assert block.eval()(inside).any() == copy.deepcopy(block)(inside).any() == torch.tensor(False)
+    block.test_zero.willing = False
+    assert block(inside).any()
+
+
+def test_what_is_compiled_exported_or_traced_is_the_graph(run_by_zero, x):
+    zero = run_by_zero(x)
+    run_by_zero.block("layer1.0").test_zero.willing = False
+    plain = run_by_zero(x)
+    run_by_zero.block("layer1.0").test_zero.willing = True
+    assert not torch.equal(zero, plain)
+    assert torch.equal(torch.compile(run_by_zero, backend="eager", fullgraph=True)(x), plain)
+    assert torch.equal(torch.export.export(run_by_zero, (x,)).module()(x), plain)
+    assert torch.equal(torch.jit.trace(run_by_zero, x, check_trace=False)(x), plain)

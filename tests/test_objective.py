@@ -292,6 +292,19 @@ def test_rules_of_the_method_set_rate_and_decay(monkeypatch):
     assert [group["name"] for group in groups] == ["lr0.01_wd0.0005", "lr0.01_wd0", "lr0.1_wd0.25"]
 
 
+def test_a_rule_can_scale_the_decay(monkeypatch):
+    class Ruled(Toy):
+        def parameter_rules(self, model):
+            names = [name for name, _ in model.named_parameters() if name.endswith("scale.factor")]
+            return (ParameterRule(frozenset(names), decay_scale=0.5),)
+
+    installed(monkeypatch, package(Ruled))
+    model = surgery.convert(ResidualSpec((1, 1)).build(), "toy", input_size=32)
+    found = grouped(surgery.param_groups(model, lr=0.01, weight_decay=5e-4))
+    factors = {id(module.factor) for module in model.modules() if isinstance(module, Scale)}
+    assert {key for key, value in found.items() if value == (0.01, 2.5e-4)} == factors
+
+
 def test_groups_of_a_wrapped_and_of_a_plain_model(process_group):
     model = coded()
     expected = [[id(p) for p in group["params"]] for group in surgery.param_groups(model, 0.1, 1e-4)]

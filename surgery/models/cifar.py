@@ -36,6 +36,7 @@ LAYOUTS: dict[str, Layout] = {
     "wrn_10_1": wide_resnet(10, 1),
     "wrn_16_1": wide_resnet(16, 1),
     "wrn_16_2": wide_resnet(16, 2),
+    "wrn_28_1": wide_resnet(28, 1),
     "wrn_40_2": wide_resnet(40, 2),
 }
 

@@ -343,6 +343,76 @@ def test_the_rate_moves_within_an_epoch_only_when_asked():
     assert training.learning_rate(dataclasses.replace(by_epoch, schedule="constant"), 3.0) == 1.0
 
 
+STEPS = Training(epochs=100, lr=0.1, schedule="step", milestones=(30, 60, 90), gamma=0.1)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "expected"),
+    [(0, 0.1), (29.99, 0.1), (30, 0.01), (59.5, 0.01), (60, 0.001), (89, 0.001), (90, 1e-4), (99.9, 1e-4)],
+)
+def test_a_step_schedule_divides_the_rate_once_each_milestone_is_complete(epoch, expected):
+    for unit in ("epoch", "step"):
+        stepwise = dataclasses.replace(STEPS, lr_unit=unit)
+        assert training.learning_rate(stepwise, epoch) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_step_schedule_can_begin_with_a_warm_up():
+    """Epoch 2 of 4: 0.02 + (0.1 - 0.02) * 2 / 4 = 0.06; the milestones count from the start, not from its end."""
+    warm = dataclasses.replace(STEPS, warmup_epochs=4, warmup_lr=0.02)
+    rates = [training.learning_rate(warm, epoch) for epoch in (2, 4, 30)]
+    assert rates == pytest.approx([0.06, 0.1, 0.01], rel=1e-12)
+
+
+def test_the_end_of_every_epoch_is_told_before_its_checkpoint(tmp_path, whole):
+    """The run dies between the two in the second of three epochs, so that one is told again, with the same network."""
+    told = []
+
+    def on_epoch(model, epoch):
+        told.append((epoch.epoch, dataclasses.replace(epoch, seconds=0), model[0].weight.detach().clone()))
+        if len(told) == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(tmp_path, on_epoch=on_epoch, recipe=with_training(checkpoint_steps=1000))
+    assert checkpoints.read(tmp_path / training.CHECKPOINT).progress["step"] == 8
+    assert_same_run(tmp_path, *run(tmp_path, on_epoch=on_epoch), whole)
+    assert [number for number, _, _ in told] == [0, 1, 1, 2]
+    assert told[1][1] == told[2][1] == dataclasses.replace(whole[2][1], seconds=0)
+    assert torch.equal(told[1][2], told[2][2])
+    run(tmp_path, on_epoch=pytest.fail)  # finished: nothing is told again
+
+
+def test_the_identity_of_a_run_holds_new_settings_only_where_they_are_used():
+    """A checkpoint from before a setting existed lacks it, and may go on as long as it stands at its default."""
+    plain, stepwise = Recipe(), Recipe(training=STEPS)
+    added = {"milestones", "gamma", "start"}
+    assert not added & set(plain.identity()["training"])
+    assert stepwise.identity()["training"]["milestones"] == [30, 60, 90]
+    from_end = Recipe(training=dataclasses.replace(STEPS, gamma=0.2, start="trained")).identity()["training"]
+    assert (from_end["gamma"], from_end["start"]) == (0.2, "trained")
+    assert set(plain.to_tables()["training"]) - set(plain.identity()["training"]) - added == {
+        "checkpoint_steps", "workers"
+    }  # fmt: skip
+
+
+def test_a_checkpoint_of_other_milestones_is_refused_and_of_the_same_is_not(tmp_path):
+    recipe = with_training(schedule="step", milestones=(1, 2))
+    with pytest.raises(Stopped):
+        run(tmp_path, stop_before=3, recipe=recipe)
+    other = with_training(schedule="step", milestones=(2,))
+    with pytest.raises(checkpoints.CheckpointError, match=r"milestones was \[1, 2\], is \[2\]"):
+        run(tmp_path, recipe=other)
+    _, history = run(tmp_path, recipe=recipe)
+    assert [epoch.lr for epoch in history] == pytest.approx([0.05, 0.005, 0.0005], rel=1e-12)
+
+
+def test_a_shortened_recipe_has_no_warm_up_and_no_steps():
+    short = Recipe(training=dataclasses.replace(STEPS, warmup_epochs=5)).shortened(1).training
+    assert (short.epochs, short.warmup_epochs, short.schedule, short.milestones) == (1, 0, "constant", ())
+    cosine = Recipe(training=Training(cooldown_epochs=2)).shortened(1).training
+    assert (cosine.schedule, cosine.cooldown_epochs) == ("cosine", 0)
+
+
 def test_ranks_share_a_batch_without_overlap():
     split = tiny_data().train
     whole_batches = batches.Batches(split, 8, seed=3)
@@ -354,6 +424,25 @@ def test_ranks_share_a_batch_without_overlap():
     assert epoch.sort().values.equal(torch.arange(60))
     assert not whole_batches.indices(0).equal(whole_batches.indices(8))
     assert batches.Batches(split, 8, seed=3, drop_last=True).per_epoch == 7
+
+
+def test_labelled_batches_are_the_whole_split_in_order_each_time():
+    split = tiny_data().test
+    loader = batches.labelled_batches(split, batch_size=8)
+    assert len(loader) == 3
+    for _ in range(2):
+        images, targets = zip(*loader, strict=True)
+        assert [len(part) for part in targets] == [8, 8, 4]
+        assert torch.equal(torch.cat(images), split.batch(torch.arange(20)))
+        assert torch.equal(torch.cat(targets), split.targets)
+
+
+def test_all_networks_are_timed_and_each_has_its_mode_back():
+    networks = [tiny_model(), tiny_model().eval(), tiny_model()]
+    times = reports.benchmark_all_ms(networks, torch.zeros(2, 3, 8, 8), repeats=2)
+    assert len(times) == 3
+    assert min(times) > 0
+    assert [network.training for network in networks] == [True, False, True]
 
 
 def test_off_a_terminal_an_epoch_is_one_line(whole):
@@ -398,6 +487,9 @@ def test_the_published_numbers_of_the_recipes():
     assert (imagenet.data.options["train_size"], imagenet.data.options["test_size"]) == (160, 224)
 
 
+STEPPED = '[training]\nschedule = "step"\nmilestones = '
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -408,7 +500,23 @@ def test_the_published_numbers_of_the_recipes():
         ("[training]\nepochs = true", r"training\.epochs is True; expected int"),
         ("[training]\namp = 1", r"training\.amp is 1; expected bool"),
         ('[training]\nlr = "0.1"', r"training\.lr is '0\.1'; expected float"),
-        ('[training]\nschedule = "step"', r"training\.schedule is 'step'; expected one of \('cosine', 'constant'\)"),
+        ('[training]\nschedule = "linear"', r"schedule is 'linear'; expected one of \('cosine', 'constant', 'step'\)"),
+        (
+            '[training]\nschedule = "step"',
+            r"milestones is \[\]; expected rising epochs, at least one, from 1 to before",
+        ),
+        (f"{STEPPED}[3, 2]", r"milestones is \[3, 2\]; expected rising epochs"),
+        (f"{STEPPED}[2, 2]", r"milestones is \[2, 2\]; expected rising epochs"),
+        (f"{STEPPED}[0, 2]", r"milestones is \[0, 2\]; expected rising epochs"),
+        (f"{STEPPED}[2, 10]", r"milestones is \[2, 10\]; expected .* to before training\.epochs = 10"),
+        (f"{STEPPED}[2.0]", r"milestones is \[2\.0\]; expected a list of whole numbers, such as \[30, 60, 90\]"),
+        (f"{STEPPED}[true]", r"milestones is \[True\]; expected a list of whole numbers"),
+        (f"{STEPPED}5", r"milestones is 5; expected a list of whole numbers"),
+        (f"{STEPPED}[2]\ngamma = 0", r"training\.gamma is 0\.0; expected more than 0 and at most 1"),
+        (f"{STEPPED}[2]\ngamma = 1.5", r"training\.gamma is 1\.5; expected more than 0 and at most 1"),
+        ("[training]\nmilestones = [3]", r'belong to schedule = "step", found \'cosine\'; set the schedule, or leave'),
+        ("[training]\ngamma = 0.2", r'belong to schedule = "step", found \'cosine\''),
+        ('[training]\nstart = "end"', r"training\.start is 'end'; expected one of \('same', 'trained'\)"),
         ("[training]\nlr = 0", r"training\.lr is 0\.0; expected more than 0"),
         ("[training]\nepochs = 5\nwarmup_epochs = 6", r"training\.epochs is 5, less than warmup_epochs"),
         ("[model]\ngroups = 3", r"model\.name is None; expected a name in quotes"),
