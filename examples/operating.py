@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -127,7 +128,8 @@ class Bench:
         with inference(model, mode):
             usage = measure(model, self.test())
         point = Point(setting=setting, macs=usage.macs, params=_params(model), accuracy=usage.accuracy)
-        return Row(name, point, InMode(model, mode)), usage
+        # A copy: the next mode estimates the norms anew.
+        return Row(name, point, InMode(copy.deepcopy(model), mode)), usage
 
     def timed(self, rows: Sequence[Row]) -> list[Row]:
         """Return the rows with milliseconds, measured in turns on the CPU."""

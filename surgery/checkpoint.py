@@ -246,6 +246,10 @@ def _restore(network: ConvertedNetwork, tensors: dict[str, Tensor], state: dict[
     # In place, so that tied weights stay tied; each tensor takes the dtype it was stored with.
     for name, tensor in network.state_dict(keep_vars=True).items():
         tensor.data = weights[name]
+    for name, module in network.named_modules():
+        key = f"{name}._extra_state" if name else "_extra_state"
+        if key in weights:  # torch made it for the state dict; the module has to be told
+            module.set_extra_state(weights[key])
     frozen, evaluating = set(state["frozen"]), set(state["evaluating"])
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name not in frozen)

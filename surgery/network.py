@@ -84,7 +84,12 @@ class Runner(Protocol):
 
     It is asked in eval mode and in eager execution only: what is compiled, exported or traced is the graph, which has
     to compute the same.
+
+    Attributes:
+        runs_block: True; a module of the source may have a method of the same name.
     """
+
+    runs_block: bool
 
     def run(self, block: BlockModule, *args: Tensor) -> Tensor | None:
         """Return what the block returns for these inputs, or None to let its graph run."""

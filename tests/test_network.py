@@ -390,6 +390,8 @@ def test_blocks_can_be_sharded_one_by_one(single_process, x):
 class Zero(nn.Module):
     """Compute a block as zero, or leave it to the graph."""
 
+    runs_block = True
+
     def __init__(self):
         super().__init__()
         self.willing = True

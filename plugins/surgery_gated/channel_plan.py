@@ -123,6 +123,9 @@ def _let_through(
 ) -> tuple[str, ...]:
     if _kind(reader, calls) == "gate":
         return wanted[reader] if reader.all_input_nodes[0] is node else ()
+    module = calls.get(reader)
+    if isinstance(module, nn.Conv2d) and module.groups == 1:
+        return ()  # it mixes its channels, also where an addition ties those that it reads to those that it writes
     return wanted.get(reader, ()) if node in _alike(spaces, reader) else ()
 
 

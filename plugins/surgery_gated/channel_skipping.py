@@ -63,7 +63,7 @@ def run_channels(block: BlockModule, gates: nn.Module, *args: Tensor) -> Tensor 
         The output, or None where the graph has to run: for several images that decide differently, in the presence
         of hooks, or where the decisions cannot be read.
     """
-    if len(args[0]) != 1 and getattr(gates, "dependent", True):
+    if len(args[0]) != 1 and (getattr(gates, "dependent", True) or not len(args[0])):
         return None
     plan = _PLANS.get(block, channel_plan)
     if plan is None or not separable(block, plan.taps, args) or not _cuttable(block, plan):
@@ -208,7 +208,8 @@ def _groups(ranges: tuple[Range, ...], width: int) -> tuple[Range, ...] | None:
 def _cuttable(block: BlockModule, plan: ChannelPlan) -> bool:
     """Return whether all convolutions are plain ones, and no hook wants to see whole tensors."""
     for module in block.modules():
-        if module._forward_hooks or module._forward_pre_hooks:
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        if any(hooks):
             return False
     for action in plan.actions:
         if action.kind == "convolution" and not _is_plain(block.get_submodule(action.step.target)):
@@ -217,4 +218,5 @@ def _cuttable(block: BlockModule, plan: ChannelPlan) -> bool:
 
 
 def _is_plain(conv: nn.Module) -> bool:
-    return isinstance(conv, nn.Conv2d) and type(conv).forward is nn.Conv2d.forward and conv.padding_mode == "zeros"
+    plain = isinstance(conv, nn.Conv2d) and type(conv).forward is nn.Conv2d.forward and "forward" not in vars(conv)
+    return plain and conv.padding_mode == "zeros"

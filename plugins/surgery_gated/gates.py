@@ -21,6 +21,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from surgery.errors import InvalidOption
 from surgery.network import BlockModule
@@ -127,10 +128,17 @@ class DependentHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of every image."""
-        hidden = torch.relu(self.norm(self.reduce(x.mean(dim=(2, 3)))))
+        hidden = torch.relu(self._normed(self.reduce(x.mean(dim=(2, 3)))))
         hidden = hidden.unflatten(1, (-1, 1, _HIDDEN)).to(self.weight.dtype)
         logits: Tensor = (hidden * self.weight).sum(dim=-1) + self.bias
         return logits
+
+    def _normed(self, hidden: Tensor) -> Tensor:
+        if len(hidden) > 1 or not self.norm.training:
+            normed: Tensor = self.norm(hidden)
+            return normed
+        norm = self.norm  # one image has no variance
+        return functional.batch_norm(hidden, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
 
     def selected(self, keep: Tensor) -> DependentHead:
         """Return the head of the gates `keep`."""
@@ -163,12 +171,15 @@ class Gates(nn.Module):
         granularity: What a gate opens: the "layer", which is the body of the block, or groups of a "channel" each.
 
     Attributes:
-        mode: How gates decide in eval mode.
+        runs_block: Marks it as a `surgery.network.Runner`.
+        mode: How gates decide in eval mode; a threshold is in the state dict.
         skipping: Whether closed gates save work in eval mode.
 
     Shape:
         x (B, C, H, W), the input of the block; returns (B, G) of zeros and ones, with the dtype of x.
     """
+
+    runs_block = True
 
     def __init__(self, head: IndependentHead | DependentHead, granularity: Granularity) -> None:
         super().__init__()
@@ -207,10 +218,18 @@ class Gates(nn.Module):
 
     def run(self, block: BlockModule, *args: Tensor) -> Tensor | None:
         """Return what the block returns, without the work of closed gates, or None where that saves nothing."""
-        if not self.skipping:
-            return None
+        if not self.skipping or (isinstance(self.mode, Stochastic) and torch.is_grad_enabled()):
+            return None  # the gradient of drawn gates is that of the product
         run = skipping.run_layer if self.granularity == "layer" else skipping.run_channels
         return run(block, self, *args)
+
+    def get_extra_state(self) -> Tensor:
+        """Return the threshold, which a checkpoint keeps; 0.5 in the modes without one."""
+        return torch.tensor(self.mode.tau if isinstance(self.mode, Threshold) else Threshold().tau, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Decide by the threshold of a checkpoint."""
+        self.mode = Threshold(float(state))
 
     def selected(self, keep: Sequence[int]) -> Gates:
         """Return the gates `keep` of those it has now."""

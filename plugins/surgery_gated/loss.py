@@ -77,14 +77,13 @@ def global_mean(values: Tensor) -> Tensor:
     The gradient is that of this process's share, scaled such that the average over the processes, which
     DistributedDataParallel takes, is the gradient of the global mean.
     """
-    local = values.mean(dim=0)
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return local
-    count = torch.tensor(float(len(values)), device=values.device, dtype=local.dtype)
-    sums = torch.cat([(local.detach() * count).reshape(-1), count.reshape(1)])
+        return values.mean(dim=0)
+    total = values.sum(dim=0)  # zero where a process has no image
+    sums = torch.cat([total.detach().reshape(-1), total.new_full((1,), len(values))])
     dist.all_reduce(sums)
-    mean = (sums[:-1] / sums[-1]).reshape(local.shape)
-    share = local * (count * dist.get_world_size() / sums[-1])
+    mean = (sums[:-1] / sums[-1]).reshape(total.shape)
+    share = total * (dist.get_world_size() / sums[-1])
     return mean + (share - share.detach())
 
 

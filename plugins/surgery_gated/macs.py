@@ -14,19 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
 
 from surgery import Architecture, Block, ConvertedNetwork
+from surgery.errors import InvalidOption
 from surgery.network import BlockModule
 from surgery.shapes import MACS
 from surgery.tracing import upstream
 from surgery_gated.gates import Gates
 from surgery_gated.modules import ChannelGate, LayerGate
+from surgery_gated.program import Plans
 
-_KNOWN: WeakKeyDictionary[BlockModule, tuple[int, BlockMacs]] = WeakKeyDictionary()
+_KNOWN = Plans()
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ class ConvMacs:
 
 @dataclass(frozen=True)
 class BlockMacs:
-    """One block: what is spent in any case, its gated body, and its gated convolutions."""
+    """One block: its number of gates, what is spent in any case, its gated body, and its gated convolutions."""
 
+    count: int
     constant: int
     body: int
     convs: tuple[ConvMacs, ...]
@@ -74,15 +76,21 @@ def block_macs(model: ConvertedNetwork, block: str, decisions: Tensor) -> Tensor
 
     Shape:
         Returns (B,), in at least float32.
+
+    Raises:
+        InvalidOption: If there is no such block, or `decisions` has another shape.
     """
-    decisions = decisions.to(torch.promote_types(decisions.dtype, torch.float32))
-    return known_macs(model, block).of(decisions)
+    known = known_macs(model, block)
+    if decisions.dim() != 2 or decisions.shape[1] != known.count:
+        raise InvalidOption(f"{block}: decisions have the shape {tuple(decisions.shape)}, expected (B, {known.count})")
+    return known.of(decisions.to(torch.promote_types(decisions.dtype, torch.float32)))
 
 
 def known_macs(model: ConvertedNetwork, block: str) -> BlockMacs:
     """Return what the multiply-adds of a gated block are made of."""
     architecture: Architecture = model.meta["architecture"]
-    return _known(model.block(block), architecture.block(block))
+    place = architecture.block(block)
+    return _KNOWN.get(model.block(block), lambda module: _read(module, place))
 
 
 def network_macs(model: ConvertedNetwork, decisions: Mapping[str, Tensor]) -> Tensor:
@@ -90,16 +98,11 @@ def network_macs(model: ConvertedNetwork, decisions: Mapping[str, Tensor]) -> Te
 
     Stem, classifier, shortcuts and blocks without gates are included.
     """
+    if not decisions:
+        raise InvalidOption("network_macs: found no decisions, expected those of every gated block by path")
     architecture: Architecture = model.meta["architecture"]
     ungated = architecture.macs - sum(architecture.block(path).macs for path in decisions)
     return ungated + torch.stack([block_macs(model, path, values) for path, values in decisions.items()]).sum(dim=0)
-
-
-def _known(module: BlockModule, block: Block) -> BlockMacs:
-    nodes = len(module.graph.nodes)
-    if module not in _KNOWN or _KNOWN[module][0] != nodes:
-        _KNOWN[module] = (nodes, _read(module, block))
-    return _KNOWN[module][1]
 
 
 def _read(block: BlockModule, place: Block) -> BlockMacs:
@@ -109,7 +112,7 @@ def _read(block: BlockModule, place: Block) -> BlockMacs:
     for node, module in calls.items():
         if isinstance(module, LayerGate):
             body = sum(spent.get(inner, 0) for inner in _only_for(node))
-            return BlockMacs(total - body, body, ())
+            return BlockMacs(1, total - body, body, ())
     convs = tuple(
         ConvMacs(
             f"{place.path}.{node.target}",
@@ -121,7 +124,8 @@ def _read(block: BlockModule, place: Block) -> BlockMacs:
         for node, module in calls.items()
         if isinstance(module, nn.Conv2d)
     )
-    return BlockMacs(total - sum(conv.macs for conv in convs), 0, convs)
+    count = next((module.count for module in calls.values() if isinstance(module, ChannelGate)), 0)
+    return BlockMacs(count, total - sum(conv.macs for conv in convs), 0, convs)
 
 
 def _only_for(gate: fx.Node) -> set[fx.Node]:

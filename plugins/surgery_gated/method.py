@@ -14,7 +14,6 @@ from surgery import Architecture, ConvertedNetwork, Method, PrunePlan, Rewriter,
 from surgery.errors import InvalidOption
 from surgery.method import ParameterRule, Preserves
 from surgery_gated import loss, pruner
-from surgery_gated.gates import Granularity
 from surgery_gated.transform import GATES, gate_channels, gate_layers, gated_blocks, targets_of
 
 
@@ -44,7 +43,7 @@ class Gated(Method):
     name: ClassVar[str] = "gated"
     preserves: ClassVar[Preserves] = "output"
 
-    granularity: Granularity = "layer"
+    granularity: Literal["layer", "channel"] = "layer"
     dependent: bool = True
     target: float | Mapping[str, float] = 0.5
     loss: Literal["batch", "gate"] = "batch"

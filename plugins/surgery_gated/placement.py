@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from surgery import Architecture, Block, Refusal, Rewriter
 from surgery.channels import ChannelMap, channel_map
+from surgery.tracing import upstream
 from surgery_gated.groups import GroupSizes, columns, gates_of, group_sizes
 
 
@@ -153,10 +154,26 @@ def _why_not(block: Block, rewriter: Rewriter) -> str:
             return f"{path} is a {kind.__name__}, expected a plain Conv2d"
     channels = channel_map(rewriter.network.block(block.path))
     projection = _projection(block)
-    for place in [*_places(block, rewriter), *([projection] if projection else [])]:
+    places = _places(block, rewriter)
+    beside = _beside(block, rewriter, places[-1].node)
+    if beside:
+        return f"{beside} computes beside the convolutions of its body, expected one after the other"
+    for place in [*places, *([projection] if projection else [])]:
         reason = _held(channels, place)
         if reason:
             return reason
+    return ""
+
+
+def _beside(block: Block, rewriter: Rewriter, output: str) -> str:
+    """Return a convolution of the body that is neither before nor behind the gated output, or ""."""
+    owner = rewriter.network.block(block.path)
+    nodes = {node.name: node for node in owner.graph.nodes}
+    before, body = upstream(nodes[output]), upstream(nodes[block.body])
+    for node in body - before:
+        conv = node.op == "call_module" and isinstance(owner.get_submodule(str(node.target)), nn.Conv2d)
+        if conv and nodes[output] not in upstream(node):
+            return f"{block.path}.{node.target}"
     return ""
 
 

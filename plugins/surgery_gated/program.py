@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from surgery.network import BlockModule
 from surgery.taps import Tap
@@ -133,7 +134,7 @@ def separable(block: BlockModule, taps: Iterable[str], args: tuple[Tensor, ...])
 
     If so, what the taps hold from an earlier forward is dropped, as they would do themselves.
     """
-    if type(args[0]) is not Tensor or args[0].device.type in _NOT_EAGER:
+    if type(args[0]) is not Tensor or args[0].device.type in _NOT_EAGER or is_functorch_wrapped_tensor(args[0]):
         return False
     for module in block.modules():
         if module.training or (isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None):

@@ -58,7 +58,7 @@ def plan_gates(
         round_to: Keep a multiple of so many channels of every tensor: closed groups are opened again, the likeliest
             first, and where no multiple comes out all channels stay. The pruned network then computes what the gated
             one does with those gates open.
-        images: For dependent gates: images (B, C, H, W), or an iterable of batches or of tuples that begin with one.
+        images: For dependent gates: images (B, C, H, W), a tuple that begins with them, or an iterable of such batches.
             What is closed, or open, on all of them is taken to be so always; the other gates stay.
         static: For dependent gates: open or close every gate for good, by the majority of `images`.
 
@@ -81,6 +81,8 @@ def judge(
 ) -> dict[str, Verdict]:
     """Return what becomes of the gates of every block, by path; arguments and errors as in `plan_gates`."""
     mode = Threshold(tau)
+    if not isinstance(static, bool):
+        raise InvalidOption(f"gated: static={static!r}, expected True or False")
     blocks = list(gated_blocks(model))
     dependent = any(gates.dependent for _, gates in blocks)
     if not dependent:
@@ -93,10 +95,17 @@ def judge(
     if images is None:
         raise InvalidOption(
             "gated: what dependent gates close depends on the image, found none; pass images=, a batch (B, C, H, W) or "
-            "an iterable of batches, to see which are always closed, and static=True to fix all of them"
+            "an iterable of batches, to surgery.plan or surgery.prune, to see which are always closed, and static=True "
+            "to fix all of them"
+        )
+    kept = [gates.mode for _, gates in blocks if gates.mode != mode]
+    if kept and not static:
+        raise InvalidOption(
+            f"gated: tau={tau}, but the gates that stay go on with {kept[0]}; call surgery_gated.set_inference(model, "
+            f"surgery_gated.{mode}) first, or pass static=True"
         )
     with inference(model, mode):
-        rates = measure(model, [images] if isinstance(images, Tensor) else images).rates
+        rates = measure(model, [images] if isinstance(images, (Tensor, tuple)) else images).rates
     found = {path: torch.as_tensor(rate) for path, rate in rates.items()}
     if static:
         return {path: Verdict(rate, rate <= 0.5, rate > 0.5) for path, rate in found.items()}
@@ -116,11 +125,14 @@ def _layer_cuts(model: ConvertedNetwork, verdicts: Mapping[str, Verdict]) -> Ite
             f"gated: the gates of all {len(verdicts)} blocks are closed, so nothing but shortcuts would be left "
             "between stem and classifier; use a lower tau, or train with a higher target"
         )
+    dependent = any(gates.dependent for _, gates in gated_blocks(model))
     for path, verdict in verdicts.items():
+        chance = float(verdict.chance)
+        reason = f"open for {100 * chance:.1f} % of the images" if dependent else f"open with probability {chance:.3f}"
         if verdict.closed.all():
-            yield Cut("body", path, (), 1, f"open with probability {float(verdict.chance):.3f}")
+            yield Cut("body", path, (), 1, reason)
         elif verdict.opened.all():
-            yield Cut("module", f"{path}.gated_layer", (), 1, f"open with probability {float(verdict.chance):.3f}")
+            yield Cut("module", f"{path}.gated_layer", (), 1, reason)
 
 
 def _channel_cuts(model: ConvertedNetwork, verdicts: Mapping[str, Verdict], round_to: int | None) -> Iterator[Cut]:

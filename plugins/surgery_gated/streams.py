@@ -6,15 +6,20 @@ projection, has it closed, since it is zero then everywhere behind the stage's e
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from surgery import Architecture, Block, ConvertedNetwork
 from surgery.channels import ChannelMap, channel_map
+from surgery.network import BlockModule, SurgeryModule
+from surgery.taps import Tap
 from surgery_gated.macs import gates_met
+from surgery_gated.modules import ChannelGate
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,34 @@ def _is_held(model: ConvertedNetwork, architecture: Architecture, channels: Chan
     if channels.pins_of(space) or space in links:
         return True
     uses = [use for use in channels.uses if use.writes is not None and channels.find(use.writes) == space]
-    return any(_revives(model, architecture, use.path) for use in uses)
+    return any(_revives(model, architecture, use.path) for use in uses) or _is_shifted(model, channels, space)
+
+
+def _is_shifted(model: ConvertedNetwork, channels: ChannelMap, space: int) -> bool:
+    """Return whether something without weights makes another value of the zeros of a stream, as a sigmoid does."""
+    for (prefix, name), found in channels.nodes.items():
+        if channels.find(found) == space:
+            owner = model.block(prefix.removesuffix(".")) if prefix else model
+            node = next(node for node in owner.graph.nodes if node.name == name)
+            if len(node.all_input_nodes) == 1 and _of_zero(owner, node):
+                return True
+    return False
+
+
+def _of_zero(owner: SurgeryModule, node: fx.Node) -> bool:
+    """Return whether a node with one input makes something else than zero of zero, or cannot be asked."""
+    zero = torch.zeros(1, 1, 1, 1)
+    args = fx.node.map_arg(node.args, lambda _: zero)
+    if node.op == "call_module":
+        module = owner.get_submodule(str(node.target))
+        if isinstance(module, (BlockModule, Tap, ChannelGate)) or any(True for _ in module.parameters()):
+            return False
+        return bool(copy.deepcopy(module).cpu().eval()(zero).any())
+    try:
+        target: Any = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
+        return bool(target(*args, **node.kwargs).any())
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+        return True
 
 
 def _revives(model: ConvertedNetwork, architecture: Architecture, path: str) -> bool:

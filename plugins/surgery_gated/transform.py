@@ -10,9 +10,9 @@ from surgery_gated.gates import DependentHead, Gates, Granularity, IndependentHe
 from surgery_gated.modules import ChannelGate, LayerGate
 from surgery_gated.placement import Gate, Layout, layout
 
-# Initial logits (closed, open): P(open) is 0.870 for dependent layer gates and 0.980 for all others.
 GATES = "gated_gates"
 """Name of the gates within their block."""
+# Initial logits (closed, open): P(open) is 0.870 for dependent layer gates and 0.980 for all others.
 _BIAS, _DEPENDENT_LAYER_BIAS = (0.1, 4.0), (0.1, 2.0)
 
 
