@@ -10,6 +10,8 @@ from torch.nn import functional
 
 Range = tuple[int, int]
 
+_FEW = 4  # more ranges than that are copied faster entry by entry
+
 
 def ranges_of(flags: Tensor) -> tuple[Range, ...]:
     """Return the ranges [start, stop) in which `flags` (n,) is not zero, in order."""
@@ -34,14 +36,28 @@ def common(first: Sequence[Range], second: Sequence[Range]) -> tuple[Range, ...]
     return tuple((start, stop) for start, stop in pairs if start < stop)
 
 
+def scattered(ranges: Sequence[Range]) -> bool:
+    """Return whether what is open lies in many short pieces."""
+    return len(ranges) > _FEW
+
+
 def take_ranges(value: Tensor, dim: int, ranges: Sequence[Range]) -> Tensor:
-    """Return the entries in the ranges along `dim`, in the memory format of `value`; a view where it is one range."""
+    """Return the entries in the ranges along `dim`; a view where it is one range."""
+    if scattered(ranges):
+        return value.index_select(dim, _index(ranges, value))
     parts = [value.narrow(dim, start, stop - start) for start, stop in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def add_ranges(value: Tensor, dim: int, ranges: Sequence[Range], added: Tensor) -> None:
     """Add `added`, which has only the entries in the ranges, to `value` in place."""
+    if scattered(ranges):
+        value.index_add_(dim, _index(ranges, value), added.to(value.dtype))
+        return
     parts = added.split([stop - start for start, stop in ranges], dim)
     for (start, stop), part in zip(ranges, parts, strict=True):
         value.narrow(dim, start, stop - start).add_(part)
+
+
+def _index(ranges: Sequence[Range], value: Tensor) -> Tensor:
+    return torch.tensor([entry for start, stop in ranges for entry in range(start, stop)], device=value.device)

@@ -29,7 +29,7 @@ from surgery_gated.program import (
     separable,
     taps_beside,
 )
-from surgery_gated.ranges import Range, add_ranges, ranges_of, rest, take_ranges
+from surgery_gated.ranges import Range, add_ranges, ranges_of, rest, scattered, take_ranges
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ def run_layer(block: BlockModule, gates: nn.Module, *args: Tensor) -> Tensor | N
         values[plan.join.name] = _of_all(plan, block, values, multiply=opened != ((0, rows),))
     else:
         body = _body_of_some(plan, block, values, opened)
-        if plan.relu is not None and _is_plain(block.get_submodule(plan.relu), values, plan, body):
+        whole = plan.relu is None or scattered(opened)
+        if not whole and _is_plain(block.get_submodule(str(plan.relu)), values, plan, body):
             return _rectified(values[plan.shortcut], opened, body)
         values[plan.join.name] = _of_some(plan, values, args, opened, body)
     run(plan.after, block, values)
