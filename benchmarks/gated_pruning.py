@@ -42,8 +42,9 @@ import neighbours
 # isort: split
 import timm
 import torch
-from claims.gated import setting, shuffled, trained
+from claims.gated import RECIPE, shuffled, trained
 from harness import interleave, ratios, summary, write
+from sweep import setting
 from torch import Tensor, nn
 from torch_pruned import TOLERANCE, matched
 
@@ -89,7 +90,7 @@ class Study:
 
     def setting(self) -> tuple[Recipe, Data]:
         """Return the recipe for this seed, and its data."""
-        recipe, data = reduced() if self.smoke else setting()
+        recipe, data = reduced() if self.smoke else setting(RECIPE)
         return replace(recipe, training=replace(recipe.training, seed=self.seed), method=None), data
 
 

@@ -9,11 +9,8 @@ and then examined: a few minutes of a core. A run that was stopped goes on where
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from typing import Any
 
 import neighbours
@@ -21,18 +18,17 @@ import neighbours
 # isort: split
 import timm
 import torch
-from harness import write
+from sweep import folder, setting, sweep
 from torch import Tensor, nn
 
 import surgery
 import surgery_gated
-from data import Data, load
+from data import Data
 from recipe import Component, Recipe
 from splits import Split, sample
 from training import Epoch, Task, evaluate, set_seed, train
 
 RECIPE = neighbours.ROOT / "examples" / "recipes" / "gated-glyphs.toml"
-RUNS = neighbours.ROOT / "runs" / "claims-gated"
 # What differs from the recipe's method. "plain" is not converted.
 LAYERS: dict[str, Mapping[str, Any]] = {
     f"{'dependent' if dependent else 'independent'}, per {loss}, {target}": {
@@ -59,37 +55,13 @@ DRAWN_IMAGES = 2_000  # of the 4,000 of the test part, for the modes that run se
 
 
 def main() -> None:
-    options = parse()
-    jobs = [(name, seed, options.train_only) for name in VARIANTS for seed in range(options.seeds)]
-    with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
-        done = list(pool.map(run, *zip(*jobs, strict=True)))
-    if options.train_only:
-        return
-    recipe, data = setting()
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
-    for (name, seed, _), result in zip(jobs, done, strict=True):
-        found[name].append({"seed": seed, **result})
-    what = f"{len(data.classes)} rendered characters, {recipe.model.name}, {recipe.training.epochs} epochs"
-    print(write("claims-gated", {"what": what, "recipe": recipe.to_tables(), "variants": found}))
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--processes", type=int, default=1, help="runs at the same time, one thread each")
-    parser.add_argument("--train-only", action="store_true", help="train what is missing and leave the examination")
-    return parser.parse_args()
-
-
-def setting() -> tuple[Recipe, Data]:
-    recipe = Recipe.from_toml(RECIPE)
-    return recipe, load(recipe.data.name, **recipe.data.options)
+    sweep("gated", RECIPE, VARIANTS, run, __doc__)
 
 
 def run(name: str, seed: int, train_only: bool) -> dict[str, Any]:
     """Train one network, or take it from the folder of its run, and examine it."""
     torch.set_num_threads(1)
-    recipe, data = setting()
+    recipe, data = setting(RECIPE)
     model, epochs = trained(name, seed, recipe, data)
     return {} if train_only else {"train": epochs[-1].terms, **examine(model, data, recipe, seed)}
 
@@ -113,8 +85,9 @@ def trained(name: str, seed: int, recipe: Recipe, data: Data) -> tuple[nn.Module
     def groups(network: nn.Module) -> list[dict[str, Any]]:
         return surgery.param_groups(network, lr=recipe.training.lr, weight_decay=recipe.training.weight_decay)
 
-    folder = RUNS / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
-    epochs = train(model, criterion, data, recipe, run_dir=folder, groups=groups, label=f"{name} {seed}")
+    epochs = train(
+        model, criterion, data, recipe, run_dir=folder("gated", name, seed), groups=groups, label=f"{name} {seed}"
+    )
     return model.eval(), epochs
 
 
