@@ -10,7 +10,7 @@ from torch.nn import functional
 
 Range = tuple[int, int]
 
-_FEW = 4  # more ranges than that are copied faster entry by entry
+_FEW = 4  # more and, on average, shorter ranges than that are copied faster entry by entry
 
 
 def ranges_of(flags: Tensor) -> tuple[Range, ...]:
@@ -38,7 +38,7 @@ def common(first: Sequence[Range], second: Sequence[Range]) -> tuple[Range, ...]
 
 def scattered(ranges: Sequence[Range]) -> bool:
     """Return whether what is open lies in many short pieces."""
-    return len(ranges) > _FEW
+    return len(ranges) > _FEW and length(ranges) < _FEW * len(ranges)
 
 
 def take_ranges(value: Tensor, dim: int, ranges: Sequence[Range]) -> Tensor:
