@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from surgery.errors import InvalidOption
 from surgery.taps import undisturbed
+
+
+@runtime_checkable
+class RunningNorm(Protocol):
+    """A module that keeps running statistics as `nn.BatchNorm2d` does: a batch norm, or what a method put in its place.
+
+    Attributes:
+        momentum: Weight of a batch in the statistics; None for a cumulative average.
+        track_running_stats: Whether it keeps them.
+        running_mean: What a batch moves in train mode.
+        running_var: As well.
+        num_batches_tracked: Counts the batches.
+    """
+
+    momentum: float | None
+    track_running_stats: bool
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    def reset_running_stats(self) -> None:
+        """Start the statistics anew."""
+
+    def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
+        """As every module."""
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """As every module."""
 
 
 @torch.no_grad()
@@ -32,7 +60,7 @@ def recalibrate_bn(model: nn.Module, loader: Iterable[Any], batches: int = 200) 
     Raises:
         InvalidOption: If the loader yields no batch.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, RunningNorm)]
     norms = [norm for norm in norms if norm.track_running_stats]
     statistics = {norm: [buffer.clone() for buffer in norm.buffers(recurse=False)] for norm in norms}
     device = next(model.parameters()).device
@@ -54,7 +82,7 @@ def recalibrate_bn(model: nn.Module, loader: Iterable[Any], batches: int = 200) 
 
 
 @contextmanager
-def _averaging(model: nn.Module, norms: list[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
+def _averaging(model: nn.Module, norms: Sequence[RunningNorm]) -> Iterator[None]:
     """Let the norms start a cumulative average and everything else run as in eval mode."""
     modes = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
@@ -72,7 +100,7 @@ def _averaging(model: nn.Module, norms: list[nn.modules.batchnorm._BatchNorm]) -
             norm.momentum = momentum
 
 
-def _is_unreached(norm: nn.modules.batchnorm._BatchNorm) -> bool:
+def _is_unreached(norm: RunningNorm) -> bool:
     """Return whether the statistics are those of a reset; a module may update them without counting batches."""
     mean, variance, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
     assert mean is not None

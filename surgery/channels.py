@@ -36,6 +36,17 @@ class ChannelReader(Protocol):
         """Return the module for an input that keeps only the channels `channels` of its first argument."""
 
 
+@runtime_checkable
+class ChannelMixer(Protocol):
+    """A module that a method inserted and whose result has channels of its own, even where it has as many as its input.
+
+    Attributes:
+        mixes_channels: True.
+    """
+
+    mixes_channels: bool
+
+
 class Select(nn.Module):
     """Read only some channels of a value that others read in full.
 
@@ -228,7 +239,8 @@ def _call(
     width = None if source is None else channels.sizes[channels.find(source)]
     # A buffer with an entry for every channel, such as the kernel of a blurring pool, would have to be cut as well.
     weights = any(True for _ in module.parameters()) or any(width in buffer.shape for buffer in module.buffers())
-    if source is not None and not weights and not isinstance(module, _MIXING) and _width(node) in (None, width):
+    mixes = isinstance(module, (*_MIXING, ChannelMixer))
+    if source is not None and not weights and not mixes and _width(node) in (None, width):
         return source
     reason = f"{path} ({type(module).__name__}) uses it in a way that cannot be cut"
     return _opaque(channels, node, sources, reason, path)

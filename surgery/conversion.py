@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from surgery.analysis import analyze
 from surgery.errors import (
@@ -239,9 +239,7 @@ def verify_preserved(model: nn.Module, converted: ConvertedNetwork, method: Meth
     if method.preserves != "nothing":
         weights = converted.state_dict()
         lost = [
-            key
-            for key, value in model.state_dict().items()
-            if key not in weights or not torch.equal(weights[key], value)
+            key for key, value in model.state_dict().items() if key not in weights or not is_kept(weights[key], value)
         ]
         if lost:
             raise ConformanceError(
@@ -258,6 +256,16 @@ def verify_preserved(model: nn.Module, converted: ConvertedNetwork, method: Meth
             raise ConformanceError(
                 f"preserves: {method.name} claims equal outputs, but they differ by up to {worst:.3g}"
             )
+
+
+def is_kept(found: Tensor, value: Tensor) -> bool:
+    """Return whether a weight is still there: as it was, or in copies or equal parts along its first dimension."""
+    if found.shape == value.shape:
+        return torch.equal(found, value)
+    if not value.dim() or found.shape[1:] != value.shape[1:] or found.shape[0] % value.shape[0]:
+        return False
+    copies = found.unflatten(0, (-1, value.shape[0])).unbind()
+    return any(all(torch.equal(copy, part) for copy in copies) for part in (value, value / len(copies)))
 
 
 def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:

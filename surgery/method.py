@@ -72,7 +72,8 @@ class Method(ABC):
     Attributes:
         name: What users pass to `convert`; also the name of the entry point.
         preserves: What holds right after conversion, in eval mode: "output" (bit-identical logits), "weights" (every
-            weight of the source is there, unchanged, but the output may differ) or "nothing".
+            weight of the source is there, unchanged, or in copies or equal parts where every branch has its own, but
+            the output may differ) or "nothing".
         stacks: Whether the method may be applied to a network that another method has already converted.
     """
 

@@ -11,11 +11,11 @@ from typing import Any, ClassVar, NoReturn, Protocol, runtime_checkable
 import torch
 from torch import Tensor, fx, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
-from torch.utils.checkpoint import checkpoint
 
 from surgery.analysis import find_head
 from surgery.errors import NotKept, SurgeryError, UnsupportedModel
 from surgery.nesting import Nested
+from surgery.recomputation import recomputed
 from surgery.shapes import refresh, total_macs
 from surgery.tracing import CONSTANT, MARK, SITE, TrainingFlag, is_training_flag
 
@@ -115,8 +115,7 @@ class BlockModule(SurgeryModule):
                 if found is not None:
                     return found
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                value: Tensor = checkpoint(generated, self, *args, use_reentrant=False)
-                return value
+                return recomputed(self, generated, *args)
             return generated(self, *args)
 
         type(self).forward = forward

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery.conversion import apply_method, prepare, verify_preserved
+from surgery.conversion import apply_method, is_kept, prepare, verify_preserved
 from surgery.errors import AlreadyConverted, ConformanceError, NothingConverted
 from surgery.history import Conversion
 from surgery.network import ConvertedNetwork, SurgeryModule
@@ -89,7 +89,10 @@ def settings_kept(case: Case) -> None:
 
 
 def source_weights_load(case: Case) -> None:
-    """A checkpoint of the source network loads: nothing of it is unknown, and only what the method added is missing."""
+    """A checkpoint of the source network loads: nothing of it is unknown, and only what the method added is missing.
+
+    What every branch has its own of gets copies of it, or equal parts of it.
+    """
     if case.method.preserves == "nothing":
         return
     weights = {key: _changed(value) for key, value in case.build().state_dict().items()}
@@ -101,7 +104,7 @@ def source_weights_load(case: Case) -> None:
     lost = [key for key in missing if key in weights]
     require(not lost, f"the source checkpoint holds {lost[:3]}, but they were not loaded")
     state = converted.state_dict()
-    stale = [key for key, value in weights.items() if not torch.equal(state[key], value)]
+    stale = [key for key, value in weights.items() if not is_kept(state[key], value)]
     require(not stale, f"the source checkpoint was loaded, but {stale[:3]} have other values")
 
 
