@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import report_gated
+import report_masked
 from tables import machine, ms, percent, spread, table
 
 HERE = Path(__file__).parent
@@ -236,11 +237,13 @@ def claims_of_coded(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
     "claims-coded": claims,
     "claims-gated": report_gated.claims,
+    "claims-masked": report_masked.claims,
     "coded": coded,
     "core": core,
     "coverage": coverage,
     "gated-pruning": report_gated.pruning,
     "gated-skipping": report_gated.skipping,
+    "masked": report_masked.cost,
     "published": published,
     "schemes": schemes,
 }

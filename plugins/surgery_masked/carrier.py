@@ -2,14 +2,15 @@
 
 The convolution that the branches of a block begin with and its shortcut read the same streams. Autograd would write a
 gradient for each and then their sum, three tensors C times as wide as the source's; for one of 64 MiB that took as long
-as the convolution's backward pass. So the others leave theirs with the first reader, which adds its own in place.
+as the convolution's backward pass. So all leave theirs with the first that read them, which adds its own in place.
 
-That reader's backward pass comes later, since the output of the block depends on it. Where it has come first all the
+The first in the forward pass is the last in the backward pass, as the engine goes. Where it has come earlier all the
 same, the others return their gradients themselves.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -20,32 +21,34 @@ class Carrier:
     """What waits for the reader that returns the gradient of some streams.
 
     Attributes:
-        is_awaited: Whether there is such a reader and its backward pass is still to come.
+        is_awaited: Whether that reader's backward pass is still to come.
     """
 
     def __init__(self) -> None:
-        self.is_awaited = False
-        self._whole: Tensor | None = None
-        self._strided: tuple[Tensor, int] | None = None
+        self.is_awaited = True
+        self._left: list[tuple[int, Tensor, int]] = []
 
     def leave(self, gradient: Tensor, stride: int = 1) -> None:
         """Leave a gradient of the streams that nobody else holds, or of every `stride`-th row and column of them."""
-        if stride == 1:
-            self._whole = gradient
-        else:
-            self._strided = (gradient, stride)
+        self._left.append((_backward_pass(), gradient, stride))
 
-    def take(self) -> tuple[Tensor | None, tuple[Tensor, int] | None]:
-        """Return what was left: a whole gradient, and one of every so many rows and columns."""
-        found = self._whole, self._strided
-        self._whole = self._strided = None
+    def take(self) -> list[tuple[Tensor, int]]:
+        """Return what was left in this backward pass, each with its stride; those of all rows and columns first."""
+        found = [(gradient, stride) for place, gradient, stride in self._left if place == _backward_pass()]
+        self._left.clear()
         self.is_awaited = False
-        return found
+        return sorted(found, key=lambda left: left[1])
 
 
-def carrier_of(streams: Tensor) -> Carrier:
-    """Return the carrier of this very tensor."""
-    if streams not in _CARRIERS:
+def carrier_of(streams: Tensor) -> tuple[Carrier, bool]:
+    """Return the carrier of this very tensor, and whether nobody has asked for it before."""
+    known = streams in _CARRIERS
+    if not known:
         _CARRIERS[streams] = Carrier()
     found: Carrier = _CARRIERS[streams]
-    return found
+    return found, not known
+
+
+def _backward_pass() -> int:
+    number: int = torch._C._current_graph_task_id()
+    return number

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from surgery_masked import kernels
+from surgery_masked.gathering import gather
 from surgery_masked.geometry import Geometry, autocast_dtype, branch_outputs, by_branch, runs_eagerly
 from surgery_masked.kernels import Mix
 from surgery_masked.norms import dense
+
+
+_FEW = 2  # fan-in up to which fetching is faster than mixing
 
 
 class Row(nn.Module):
@@ -142,9 +146,12 @@ class Join(nn.Module):
         rectify = isinstance(self.activation, nn.ReLU)
         apart = by_branch(weight, self.branches).flatten(2).to(dtype)
         through = None if shortcut is None else shortcut.to(dtype)
-        mask = dense(mask, self.branches, dtype)
         mix = Mix(self.shortcut_factor, rectify)
-        joined = kernels.join(hidden.to(dtype), through, apart, scale.to(dtype), shift.to(dtype), mask, mix)
+        values = (hidden.to(dtype), through, apart, scale.to(dtype), shift.to(dtype))
+        if mask.is_floating_point() or mask.shape[1] > _FEW or torch.is_grad_enabled():
+            joined = kernels.join(*values, dense(mask, self.branches, dtype), mix)
+        else:
+            joined = gather(*values, mask, mix)
         return joined if rectify or self.activation is None else cast(Tensor, self.activation(joined))
 
     def _literal(

@@ -45,22 +45,18 @@ class Mix(NamedTuple):
     rectify: bool
 
 
-def read_streams(streams: Tensor, weight: Tensor, stride: int = 1, *, collects: bool = False) -> Tensor:
+def read_streams(streams: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """Apply one pointwise convolution to each stream.
 
     Args:
         streams: The streams.
         weight: Of the convolutions.
         stride: Of every convolution, in both directions.
-        collects: Whether the backward pass returns the gradients of all that read these streams by this function and
-            by `join`; of one reader of them at most.
 
     Shape:
         streams (B, C * c, H, W), weight (C, d, c); returns (B, C * d, ceil(H / stride), ceil(W / stride)).
     """
-    carrier = carrier_of(streams) if streams.requires_grad and torch.is_grad_enabled() else None
-    if carrier is not None and collects:
-        carrier.is_awaited = True
+    carrier, collects = carrier_of(streams) if _is_followed(streams) else (None, False)
     read: Callable[..., Tensor] = _Read.apply
     return read(streams, weight, stride, carrier, collects)
 
@@ -74,8 +70,10 @@ def join(
         hidden (B, C * d, H, W), shortcut (B, C * c, H, W), or (B, c, H, W) for one that all branches share, weight
         (C, c, d), scale and shift (C', c), mask (C', C); returns (B, C' * c, H, W).
     """
-    follows = shortcut is not None and shortcut.requires_grad and torch.is_grad_enabled()
-    carrier = carrier_of(shortcut) if shortcut is not None and follows else None
+    carrier: Carrier | None = None
+    if shortcut is not None and _is_followed(shortcut):
+        carrier, is_first = carrier_of(shortcut)
+        carrier = None if is_first else carrier
     joined: Callable[..., Tensor] = _Join.apply
     return joined(hidden, shortcut, weight, scale, shift, mask, mix, carrier)
 
@@ -91,7 +89,7 @@ class _Read(torch.autograd.Function):
         branches, width, _ = weight.shape
         positions = (-(-side // stride) for side in streams.shape[2:])
         hidden = streams.new_empty(len(streams), branches * width, *positions)
-        for out, part in _chunks(streams, hidden, streams):
+        for out, part in chunks(streams, hidden, streams):
             rows = _rows(_thinned(part, stride), branches)
             torch.bmm(_repeat(weight, len(part)), rows, out=_rows(out, branches))
         return hidden
@@ -102,7 +100,7 @@ class _Read(torch.autograd.Function):
         streams, weight = ctx.saved_tensors
         gradient = gradient.contiguous()
         to_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        for grad, part in _chunks(streams, gradient, streams):
+        for grad, part in chunks(streams, gradient, streams):
             rows = _rows(_thinned(part, ctx.stride), len(weight))
             to_weight += _summed(torch.bmm(_rows(grad, len(weight)), rows.mT), len(weight))
         to_streams = _to_streams(ctx, gradient, streams, weight) if ctx.needs_input_grad[0] else None
@@ -111,38 +109,46 @@ class _Read(torch.autograd.Function):
 
 def _to_streams(ctx: Any, gradient: Tensor, streams: Tensor, weight: Tensor) -> Tensor | None:
     """Return the gradient of the streams, with what others left; None where it is left for another one."""
-    carrier, stride, branches = ctx.carrier, ctx.stride, len(weight)
-    whole, strided = carrier.take() if carrier is not None and ctx.collects else (None, None)
-    if stride > 1:
-        size = (len(streams), streams.shape[1], *gradient.shape[2:])
-        out = empty(streams, size)
+    carrier, stride = ctx.carrier, ctx.stride
+    left = carrier.take() if ctx.collects else []
+    whole = left.pop(0)[0] if left and left[0][1] == 1 else None
+    if stride == 1:
+        own = _pulled_back(gradient, streams, weight, whole)
     else:
-        out = empty(streams, streams.shape) if whole is None else whole
-    rest, skipped = strided or (None, 1)
-    for grad, part, beside in _chunks(streams, gradient, out, rest):
+        thin = _pulled_back(gradient, streams, weight, None)
+        if carrier is not None and carrier.is_awaited:
+            carrier.leave(thin, stride)
+            return None
+        own = torch.zeros_like(streams) if whole is None else whole
+        left.append((thin, stride))
+    for value, skipped in left:
+        own[:, :, ::skipped, ::skipped].add_(value)
+    if carrier is not None and carrier.is_awaited:
+        carrier.leave(own)
+        return None
+    return own
+
+
+def _pulled_back(gradient: Tensor, streams: Tensor, weight: Tensor, onto: Tensor | None) -> Tensor:
+    """Return the gradient at the positions that were read, added to one that is there in place."""
+    branches = len(weight)
+    out = empty(streams, (len(streams), streams.shape[1], *gradient.shape[2:])) if onto is None else onto
+    for grad, part in chunks(streams, gradient, out):
         weights, rows, goal = _repeat(weight.mT, len(part)), _rows(grad, branches), _rows(part, branches)
-        if whole is None:
+        if onto is None:
             torch.bmm(weights, rows, out=goal)
         else:
             torch.baddbmm(goal, weights, rows, out=goal)
-        if beside is not None:
-            _thinned(part, skipped, copy=False).add_(beside)
-    if carrier is not None and not ctx.collects and carrier.is_awaited:
-        carrier.leave(out, stride)
-        return None
-    return out if stride == 1 else _spread(out, streams, stride)
+    return out
 
 
-def _thinned(value: Tensor, stride: int, *, copy: bool = True) -> Tensor:
+def _thinned(value: Tensor, stride: int) -> Tensor:
     """Return every `stride`-th row and column."""
-    thinned = value if stride == 1 else value[:, :, ::stride, ::stride]
-    return thinned.contiguous() if copy else thinned
+    return value if stride == 1 else value[:, :, ::stride, ::stride].contiguous()
 
 
-def _spread(value: Tensor, like: Tensor, stride: int) -> Tensor:
-    whole = torch.zeros_like(like)
-    _thinned(whole, stride, copy=False).copy_(value)
-    return whole
+def _is_followed(value: Tensor) -> bool:
+    return value.requires_grad and torch.is_grad_enabled()
 
 
 class _Join(torch.autograd.Function):
@@ -163,7 +169,7 @@ class _Join(torch.autograd.Function):
         shortcut = None if shortcut is None else shortcut.contiguous()
         joined = empty(hidden, (len(hidden), consumers * weight.shape[1], *hidden.shape[2:]))
         offset = shift.unsqueeze(-1)
-        for out, part, through in _chunks(joined, joined, hidden, shortcut):
+        for out, part, through in chunks(joined, joined, hidden, shortcut):
             images = len(part)
             outputs = torch.bmm(_repeat(weight, images), _rows(part, branches))
             mixed = torch.bmm(_repeat(mask, images), outputs.view(images, branches, -1))
@@ -188,7 +194,7 @@ class _Join(torch.autograd.Function):
         learns = ctx.needs_input_grad[5]
         gradient = gradient.contiguous()
         tensors = (gradient, hidden, shortcut, joined, to_hidden, to_shortcut)
-        for grad, part, through, result, out, out_through in _chunks(gradient, *tensors):
+        for grad, part, through, result, out, out_through in chunks(gradient, *tensors):
             if result is not None:
                 grad = torch.ops.aten.threshold_backward(grad, result, 0)
             wide = grad.view(len(part), *scale.shape, -1)
@@ -274,8 +280,8 @@ def _is_shared(through: Tensor, channels: int, mask: Tensor) -> bool:
     return through.shape[1] == channels and mask.shape[1] > 1
 
 
-def _chunks(wide: Tensor, *tensors: Tensor | None) -> Iterator[list[Any]]:
-    """Yield the tensors for a few images at a time; `wide` says how many fit."""
+def chunks(wide: Tensor, *tensors: Tensor | None) -> Iterator[list[Any]]:
+    """Yield the tensors for a few images at a time, as many as fit of `wide`."""
     size = len(wide)
     if wide.device.type == "cpu" and size:
         size = max(1, _CHUNK_BYTES * size // max(1, wide.numel() * wide.element_size()))

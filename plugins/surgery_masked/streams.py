@@ -38,7 +38,7 @@ class StreamConv2d(nn.Module):
             return F.conv2d(streams, self.weight, self.bias, *self.geometry, groups=self.branches)
         dtype = autocast_dtype(streams)
         weight = self.weight.view(self.branches, -1, self.weight.shape[1]).to(dtype)
-        hidden = kernels.read_streams(streams.to(dtype), weight, collects=True)
+        hidden = kernels.read_streams(streams.to(dtype), weight)
         return hidden if self.bias is None else hidden + self.bias.to(dtype)[:, None, None]
 
     def pruned(self, keep: Sequence[int]) -> StreamConv2d:
