@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from surgery_masked.kernels import Mix, chunks
-from surgery_masked.memory import empty
+from surgery_masked.kernels import Mix
+from surgery_masked.memory import chunks, empty
 
 
 def gather(

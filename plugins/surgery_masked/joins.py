@@ -14,7 +14,6 @@ from surgery_masked.geometry import Geometry, autocast_dtype, branch_outputs, by
 from surgery_masked.kernels import Mix
 from surgery_masked.norms import dense
 
-
 _FEW = 2  # fan-in up to which fetching is faster than mixing
 
 

@@ -19,7 +19,7 @@ On a GPU all images are taken at once: there is no cache to fit, and every call 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from surgery_masked.carrier import Carrier, carrier_of
-from surgery_masked.memory import empty
-
-_CHUNK_BYTES = 2 << 20
-"""Of one wide tensor. Two of them are alive at a time: as much as a core's second-level cache, or a little more."""
+from surgery_masked.memory import chunks, empty
 
 
 class Mix(NamedTuple):
@@ -278,15 +275,6 @@ def _tables(total: Tensor, wide: Tensor, outputs: Tensor) -> None:
 
 def _is_shared(through: Tensor, channels: int, mask: Tensor) -> bool:
     return through.shape[1] == channels and mask.shape[1] > 1
-
-
-def chunks(wide: Tensor, *tensors: Tensor | None) -> Iterator[list[Any]]:
-    """Yield the tensors for a few images at a time, as many as fit of `wide`."""
-    size = len(wide)
-    if wide.device.type == "cpu" and size:
-        size = max(1, _CHUNK_BYTES * size // max(1, wide.numel() * wide.element_size()))
-    for start in range(0, len(wide), max(1, size)):
-        yield [None if tensor is None else tensor[start : start + size] for tensor in tensors]
 
 
 def _rows(value: Tensor, branches: int, flat: bool = False) -> Tensor:

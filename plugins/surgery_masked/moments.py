@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from surgery_masked.memory import chunks
+
 
 def moments(hidden: Tensor, branches: int = 1) -> tuple[Tensor, Tensor]:
     """Return mean and covariance of the channels over batch and positions, the latter within each branch.
@@ -23,15 +25,19 @@ def moments(hidden: Tensor, branches: int = 1) -> tuple[Tensor, Tensor]:
 class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, branches: int) -> tuple[Tensor, Tensor]:
-        exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        images, channels = exact.shape[:2]
-        count = exact.numel() // channels
-        mean = exact.mean(dim=(0, 2, 3)).view(branches, -1)
-        rows = exact.reshape(images * branches, channels // branches, -1)
-        second = torch.bmm(rows, rows.mT).unflatten(0, (images, branches)).sum(dim=0) / count
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        hidden, count = hidden.contiguous(), hidden.numel() // hidden.shape[1]
+        mean = hidden.mean(dim=(0, 2, 3), dtype=dtype)
+        width = hidden.shape[1] // branches
+        covariance = mean.new_zeros(branches, width, width)
+        for (part,) in chunks(hidden, hidden):
+            # Centred first: a difference of squares has no digits left where the mean is large.
+            rows = (part - mean[:, None, None]).view(len(part) * branches, width, -1)
+            covariance += torch.bmm(rows, rows.mT).unflatten(0, (-1, branches)).sum(dim=0)
+        mean = mean.view(branches, width)
         ctx.save_for_backward(hidden, mean)
         ctx.count = count
-        return mean, second - mean.unsqueeze(2) * mean.unsqueeze(1)
+        return mean, covariance / count
 
     @staticmethod
     @once_differentiable
