@@ -35,11 +35,12 @@ VARIANTS: dict[str, Mapping[str, Any]] = {
     "plain": {},
     "full": {"connectivity": "full", "fan_in": None},
     **{f"learned, {k}": {"connectivity": "learned", "fan_in": k} for k in (1, 2, 4)},
-    "learned, 4, rate 0.2": {"connectivity": "learned", "fan_in": 4, "mask_lr": 0.2},
-    **{f"random, {k}": {"connectivity": "random", "fan_in": k} for k in (1, 4)},
+    "random, 4": {"connectivity": "random", "fan_in": 4},
     "real-valued to the end": {"connectivity": "real", "fan_in": 4, KEY: None},
-    "full, branch norm": {"connectivity": "full", "fan_in": None, **BRANCH},
     "learned, 4, branch norm": {"connectivity": "learned", "fan_in": 4, **BRANCH},
+    "full, branch norm": {"connectivity": "full", "fan_in": None, **BRANCH},
+    "random, 1": {"connectivity": "random", "fan_in": 1},
+    "learned, 4, rate 0.2": {"connectivity": "learned", "fan_in": 4, "mask_lr": 0.2},
 }
 
 

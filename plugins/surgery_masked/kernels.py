@@ -53,9 +53,13 @@ def read_streams(streams: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     Shape:
         streams (B, C * c, H, W), weight (C, d, c); returns (B, C * d, ceil(H / stride), ceil(W / stride)).
     """
-    carrier, collects = carrier_of(streams) if _is_followed(streams) else (None, False)
+    carrier = carrier_of(streams) if _is_followed(streams) else None
+    collects = carrier is not None and not carrier.has_collector
     read: Callable[..., Tensor] = _Read.apply
-    return read(streams, weight, stride, carrier, collects)
+    hidden = read(streams, weight, stride, carrier, collects)
+    if carrier is not None and collects:
+        carrier.collect(hidden)
+    return hidden
 
 
 def join(
@@ -67,10 +71,7 @@ def join(
         hidden (B, C * d, H, W), shortcut (B, C * c, H, W), or (B, c, H, W) for one that all branches share, weight
         (C, c, d), scale and shift (C', c), mask (C', C); returns (B, C' * c, H, W).
     """
-    carrier: Carrier | None = None
-    if shortcut is not None and _is_followed(shortcut):
-        carrier, is_first = carrier_of(shortcut)
-        carrier = None if is_first else carrier
+    carrier = carrier_of(shortcut) if shortcut is not None and _is_followed(shortcut) else None
     joined: Callable[..., Tensor] = _Join.apply
     return joined(hidden, shortcut, weight, scale, shift, mask, mix, carrier)
 

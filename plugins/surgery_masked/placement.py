@@ -21,7 +21,7 @@ from surgery import Architecture, Block, Refusal, Rewriter
 from surgery.errors import InvalidOption, RewriteError
 from surgery.network import BlockModule
 from surgery.slicing import check_branches
-from surgery.tracing import upstream
+from surgery.tracing import OWNER, upstream
 
 MAX_BRANCHES = 32
 """Into how many branches channels are divided at most by default."""
@@ -139,7 +139,11 @@ class _Reading:
         while node is not last:
             users = list(node.users)
             if len(users) != 1 or len(users[0].all_input_nodes) != 1:
-                raise _Unusable(f"{node.name} is read by more than what follows it, expected one value after the other")
+                readers = ", ".join(dict.fromkeys(str(user.meta.get(OWNER) or user.name) for user in users))
+                raise _Unusable(
+                    f"the joined branches, {node.name}, are read by {readers}, as squeeze-excite does; expected one "
+                    "value after the other"
+                )
             node = users[0]
             yield node
 
@@ -216,7 +220,8 @@ def _norm_behind(reading: _Reading, merge: fx.Node, body: fx.Node) -> str | None
         elif not _does_nothing(module):
             what = f"{reading.path(node)} ({type(module).__name__})" if module else node.name
             raise _Unusable(
-                f"{what} acts on the joined branches before the addition, expected nothing but a batch norm"
+                f"{what} acts on the joined branches before the addition, expected only a batch norm with affine "
+                "parameters and running statistics"
             )
     return norm
 
