@@ -118,7 +118,7 @@ def examine(networks: Pair, bench: Bench, run_dir: Path) -> Findings:
 
 
 def _draw(networks: Pair, freeze: Freeze, folder: Path) -> None:
-    connections = list(surgery_masked.connectivity(networks.converted).values())
+    connections = surgery_masked.connectivity(networks.converted)
     mask_figures.draw_connections(connections, folder / "connections.png")
     mask_figures.draw_active({"masked": connections}, folder / "active.png")
     mask_figures.draw_masks(connections, folder / "masks.png")
@@ -136,11 +136,12 @@ def _draw_training(networks: Pair, freeze: Freeze, path: Path) -> None:
         ):
             known = [(epoch.epoch + 1, epoch.accuracy) for epoch in epochs if epoch.accuracy is not None]
             accuracy.plot(*zip(*known, strict=True), color=colour, label=name, marker="o", markersize=3)
-            loss.plot([e.epoch + 1 for e in epochs], [e.loss for e in epochs], color=colour, label=name)
+            loss.plot([e.epoch + 1 for e in epochs], [e.loss for e in epochs], color=colour, label=name, marker=".")
         accuracy.set(title="Test accuracy", xlabel="epoch", ylim=(None, 1.0))
         loss.set(title="Training loss", xlabel="epoch", yscale="log")
         for axes in (accuracy, loss):
             axes.axvline(freeze.epochs, color=figures.ORANGE, linestyle=":", label="masks are fixed")
+            axes.set_xlim(0.5, len(networks.plain_epochs) + 0.5)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.legend(frameon=False)
         figure.savefig(path, dpi=150)

@@ -8,7 +8,7 @@ Reference: Ahmed & Torresani, MaskConnect: connectivity learning by gradient des
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -57,3 +57,8 @@ def used_by(connections: Sequence[Connections]) -> dict[str, tuple[int, ...]]:
 def active_counts(connections: Sequence[Connections]) -> list[tuple[str, int]]:
     """Return every block and how many of its branches are used, by depth."""
     return [(block, len(used)) for block, used in used_by(connections).items()]
+
+
+def listed(connections: Sequence[Connections] | Mapping[str, Connections]) -> list[Connections]:
+    """Return the connections of a network that may be given by path."""
+    return list(connections.values() if isinstance(connections, Mapping) else connections)

@@ -20,11 +20,14 @@ from torch import Tensor
 
 from surgery.curves import MatplotlibMissing
 from surgery.errors import InvalidOption
-from surgery_masked.connections import Connections, active_counts, chains, used_by
+from surgery_masked.connections import Connections, active_counts, chains, listed, used_by
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Given = Sequence[Connections] | Mapping[str, Connections]
+"""The connections of one network in its order: what `connectivity` returns, or its values."""
 
 BLUE, ORANGE, GREY, LIGHT = "#2a6fbb", "#d9822b", "#6a6f78", "#d4d7dc"
 _SPACING = 0.66  # inches from row to row
@@ -77,7 +80,7 @@ class _Node:
 
 
 def draw_connections(
-    connections: Sequence[Connections],
+    connections: Given,
     path: str | os.PathLike[str],
     *,
     reference: bool = True,
@@ -99,6 +102,7 @@ def draw_connections(
 
     Reference: Ahmed & Torresani (2018), figure 3.
     """
+    connections = listed(connections)
     _expect("draw_connections", connections)
     rows = _rows(connections)
     branches = max(row.nodes for row in rows)
@@ -121,7 +125,7 @@ def draw_connections(
     return _written(figure, path)
 
 
-def draw_active(networks: Mapping[str, Sequence[Connections]], path: str | os.PathLike[str]) -> Figure:
+def draw_active(networks: Mapping[str, Given], path: str | os.PathLike[str]) -> Figure:
     """Draw how many branches are used against the depth of their block, a line a network.
 
     Args:
@@ -135,10 +139,11 @@ def draw_active(networks: Mapping[str, Sequence[Connections]], path: str | os.Pa
     Reference: Ahmed & Torresani (2018), figures 4 and 5.
     """
     _expect("draw_active", networks)
-    for label, connections in networks.items():
+    lists = {label: listed(connections) for label, connections in networks.items()}
+    for label, connections in lists.items():
         _expect(f"draw_active: {label}", connections)
-    lines = {label: active_counts(connections) for label, connections in networks.items()}
-    branches = max(max(pair.active.shape) for connections in networks.values() for pair in connections)
+    lines = {label: active_counts(connections) for label, connections in lists.items()}
+    branches = max(max(pair.active.shape) for connections in lists.values() for pair in connections)
     deepest = max(lines.values(), key=len)
     figure = _figure(max(6.4, 1.5 + 0.16 * len(deepest)), 4.0)
     from matplotlib import colormaps  # not before _figure, which says what to do where it is missing
@@ -160,20 +165,22 @@ def draw_active(networks: Mapping[str, Sequence[Connections]], path: str | os.Pa
     return _written(figure, path)
 
 
-def draw_masks(connections: Sequence[Connections], path: str | os.PathLike[str]) -> Figure:
+def draw_masks(connections: Given, path: str | os.PathLike[str]) -> Figure:
     """Draw the real-valued masks as heat maps, a panel a pair of blocks; dots mark the active entries.
 
     Raises:
         InvalidOption: If there are no connections.
         MatplotlibMissing: If matplotlib is not installed.
     """
+    connections = listed(connections)
     _expect("draw_masks", connections)
     columns = math.ceil(math.sqrt(len(connections)))
     lines = -(-len(connections) // columns)
     side = max(1.5, 0.07 * max(max(pair.active.shape) for pair in connections))  # inches
     figure = _figure((side + 0.3) * columns + 1.4, (side + 0.55) * lines + 0.5)
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
-    top = max(float(pair.real.max()) for pair in connections)
+    # As they begin, all equal, masks are halfway grey.
+    top = max(max(float(pair.real.max()), 2 / pair.real.shape[1]) for pair in connections)
     for axes, pair in zip(panels, connections, strict=False):
         image = axes.imshow(pair.real.detach().numpy(), cmap="Greys", vmin=0, vmax=top)
         reading, read = pair.active.nonzero().T.tolist()
@@ -276,11 +283,11 @@ def _name_modules(axes: Axes, networks: Sequence[Sequence[str]]) -> None:
     axes.set_xticks(range(1, len(deepest) + 1), deepest, rotation=90 if upright else 0, fontsize=8)
 
 
-def _expect(where: str, given: Sequence[Connections] | Mapping[str, Sequence[Connections]]) -> None:
+def _expect(where: str, given: Sequence[object] | Mapping[str, object]) -> None:
     if not given:
         raise InvalidOption(
             f"{where}: found nothing to draw, expected the connections of a masked network; "
-            "pass list(surgery_masked.connectivity(model).values())"
+            "pass surgery_masked.connectivity(model)"
         )
 
 

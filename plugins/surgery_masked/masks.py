@@ -27,6 +27,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from surgery.errors import InvalidOption, UnsupportedModel
 from surgery.objective import unwrap
+from surgery.taps import in_backward
 
 Connectivity = Literal["learned", "full", "random", "real"]
 
@@ -52,6 +53,9 @@ class Masks(nn.Module):
     so all of them run the same number of training forwards, and all of them load a checkpoint, which holds the gradient
     of the process that saved it.
 
+    A recomputation in the backward pass uses the masks of its forward pass; under a reentrant checkpoint around the
+    whole network, whose forward pass has no gradients, masks do not learn.
+
     Args:
         pairs: Number of masks L'.
         branches: C.
@@ -65,7 +69,7 @@ class Masks(nn.Module):
         real: Real-valued masks (L', C, C): row j is the consumer's branch, column k the producer's; rows sum to 1.
         drawn: Number of draws so far.
         seed: As above.
-        lr: As above; it may be changed at any time.
+        lr: As above; it may be changed at any time, and is not part of a checkpoint.
         frozen: Whether the K largest are fixed.
         gradient_scale: Called at every training forward for the factor on the loss of that iteration; see
             `set_grad_scaler`.
@@ -127,7 +131,7 @@ class Masks(nn.Module):
         if self.training and torch.is_grad_enabled() and self.learns:
             masks: Tensor = self._iterate()
             return masks
-        return self._scaled() if self.connectivity == "real" and not self.frozen else self.active.to(self.real.dtype)
+        return self._standing()
 
     def freeze(self) -> None:
         """Fix the K largest entries of every row, after the last gradient is consumed.
@@ -159,12 +163,25 @@ class Masks(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it without types
     def _iterate(self) -> Tensor:
+        if in_backward():  # a checkpoint around the whole network runs its forward once more
+            return self._standing() if self._used is None else self._used
         self._refuse_replica()
         self._step()
         self._scale = 1.0 if self.gradient_scale is None else self.gradient_scale()
         # A leaf: its .grad is dl/dm for all entries, and compiled code that resumes here takes no other kind silently.
         self._used = (self._scaled() if self.connectivity == "real" else self._draw()).requires_grad_()
         return self._used
+
+    def _standing(self) -> Tensor:
+        return self._scaled() if self.connectivity == "real" and not self.frozen else self.active.to(self.real.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Masks:
+        """Move as any module, but keep the real-valued masks in float32 at least: their steps are small."""
+        real = self.real
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.real.dtype in (torch.float16, torch.bfloat16):
+            self.real = real.to(self.real.device)
+        return self
 
     def _refuse_replica(self) -> None:
         if "_is_replica" in self.__dict__:  # torch's own mark; what a replica learns is lost

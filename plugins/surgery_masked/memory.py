@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ def empty(like: Tensor, size: Sequence[int]) -> Tensor:
     if like.device.type != "cpu" or _ADVICE is None or length < _HUGE:
         return like.new_empty(size)
     block = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    block.madvise(_ADVICE)
+    with suppress(OSError):  # a kernel without huge pages
+        block.madvise(_ADVICE)
     return torch.frombuffer(block, dtype=like.dtype, count=count).view(size)
 
 

@@ -20,8 +20,9 @@ def connectivity(model: nn.Module) -> dict[str, Connections]:
 
     Raises:
         InvalidOption: If the network has no masks.
+        UnsupportedModel: If it is not converted.
     """
-    network = _masked(model)
+    network = unwrap(model)
     masks = masks_of(network)
     real, active = masks.real.detach().cpu(), masks.active.cpu()
     found: dict[str, Connections] = {}
@@ -37,6 +38,7 @@ def used_branches(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
     Raises:
         InvalidOption: If the network has no masks.
+        UnsupportedModel: If it is not converted.
     """
     return used_by(list(connectivity(model).values()))
 
@@ -48,8 +50,9 @@ def freeze(model: nn.Module) -> None:
 
     Raises:
         InvalidOption: If the network has no masks.
+        UnsupportedModel: If it is not converted.
     """
-    masks_of(_masked(model)).freeze()
+    masks_of(unwrap(model)).freeze()
 
 
 def masks_of(network: nn.Module) -> Masks:
@@ -80,12 +83,3 @@ def chains_of(network: ConvertedNetwork) -> list[list[tuple[str, Row | None]]]:
         if row is None:
             chains.append([])
     return chains[:-1]
-
-
-def _masked(model: nn.Module) -> ConvertedNetwork:
-    network = unwrap(model)
-    if not isinstance(network, ConvertedNetwork):
-        raise InvalidOption(
-            f"masked: {type(network).__name__} is not converted; expected a network that was converted by 'masked'"
-        )
-    return network

@@ -72,9 +72,14 @@ class _Norm(nn.Module):
         """Return the running statistics, (copies, c) each."""
         return self.running_mean.view(copies, -1), self.running_var.view(copies, -1)
 
+    def batch_coefficients(self, mean: Tensor, variance: Tensor, count: int) -> Tensor:
+        """Return scale and shift for the statistics of a batch of `count` values, which the running ones follow."""
+        if count:
+            self._track(mean, variance, count)
+        return self.coefficients(mean, variance)
+
     @torch.no_grad()
-    def track(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        """Move the running statistics towards those of a batch of `count` values, biased variance."""
+    def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
         self.num_batches_tracked.add_(1)
         momentum = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
         unbiased = variance * (count / max(count - 1, 1))
@@ -165,8 +170,7 @@ class ConsumerNorm(_Norm):
             sums = torch.einsum("jk,bkchw->bjchw", mask.to(outputs.dtype), outputs).to(mask.dtype)
             variance, mean = torch.var_mean(sums, dim=(0, 3, 4), correction=0)
             count = sums.shape[0] * sums.shape[3] * sums.shape[4]
-        self.track(mean, variance, count)
-        return self.coefficients(mean, variance)
+        return self.batch_coefficients(mean, variance, count)
 
     def pruned(self, keep: Sequence[int]) -> ConsumerNorm:
         """Return the norm of sums of only the branches `keep`."""
@@ -215,8 +219,7 @@ class BranchNorm(_Norm):
             outputs = branch_outputs(hidden, weight, self.copies, self.geometry).to(self.weight.dtype)
             variance, mean = torch.var_mean(outputs, dim=(0, 3, 4), correction=0)
             count = outputs.shape[0] * outputs.shape[3] * outputs.shape[4]
-        self.track(mean, variance, count)
-        return self.coefficients(mean, variance)
+        return self.batch_coefficients(mean, variance, count)
 
     def pruned(self, keep: Sequence[int]) -> BranchNorm:
         """Return the norm of the branches `keep`."""

@@ -140,7 +140,7 @@ def test_heat_maps_are_the_real_masks_and_dots_the_active_entries(tmp_path):
     *panels, _ = figures.draw_masks(CHAIN, tmp_path / "figure.png").axes
     for axes, connections in zip(panels, CHAIN, strict=True):
         assert np.array_equal(axes.images[0].get_array(), connections.real.numpy())
-        assert axes.images[0].get_clim() == (0, 0.5)
+        assert axes.images[0].get_clim() == (0, 2 / 3)  # twice 1 / C, above the largest entry
         dots = {(round(y), round(x)) for x, y in axes.collections[0].get_offsets().tolist()}
         assert dots == set(map(tuple, connections.active.nonzero().tolist()))
         assert axes.get_title() == f"{connections.producer}\nto {connections.consumer}"
