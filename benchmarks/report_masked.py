@@ -15,7 +15,6 @@ COLUMNS = ("phase 1", "accuracy", "once fixed", "kept")
 PAIRS = (
     *((f"learned, {k}", f"random, {k}") for k in (1, 4)),
     *((f"learned, {k}", "full") for k in (1, 2, 4)),
-    ("learned, 4", "learned, 4, rate 0.2"),
     ("learned, 4", "real-valued to the end"),
     ("learned, 4, branch norm", "full, branch norm"),
     ("full", "plain"),
@@ -90,7 +89,7 @@ def explained(variants: Mapping[str, Runs], recipe: Mapping[str, Any]) -> str:
     ratio = variants["full"][0]["macs"] / variants["plain"][0]["macs"]
     return (
         f"Mean (smallest to largest) of {len(variants['plain'])} seeds, in %. The number in a name is the fan-in K. "
-        f"Masks change at a rate of {method['mask_lr']:g}, unless the name has another one, and are fixed after "
+        f"Masks change at a rate of {method['mask_lr']:g}, and are fixed after "
         f"{method['freeze_epoch']} of {training['epochs']} epochs, where the accuracy after phase 1 was measured; "
         '"to the end": they are real-valued in all epochs, and are fixed behind the last with no training after that. '
         f"Parameters kept and MACs are those of the pruned network; before, a masked network has {ratio:.2f} times the "

@@ -40,7 +40,6 @@ VARIANTS: dict[str, Mapping[str, Any]] = {
     "learned, 4, branch norm": {"connectivity": "learned", "fan_in": 4, **BRANCH},
     "full, branch norm": {"connectivity": "full", "fan_in": None, **BRANCH},
     "random, 1": {"connectivity": "random", "fan_in": 1},
-    "learned, 4, rate 0.2": {"connectivity": "learned", "fan_in": 4, "mask_lr": 0.2},
 }
 
 
