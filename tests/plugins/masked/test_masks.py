@@ -642,13 +642,3 @@ def test_masks_on_xla_are_those_on_the_cpu():
     done = subprocess.run([sys.executable, "-c", XLA], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("xla")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_masks_on_a_gpu_are_those_on_the_cpu():
-    cpu = masks(3, 8, 4)
-    gpu = copy.deepcopy(cpu).cuda()
-    for gradient in gradients(20, cpu):
-        assert torch.equal(leave(cpu, gradient), leave(gpu, gradient.cuda()).cpu())
-        torch.testing.assert_close(gpu.real.cpu(), cpu.real, **TIGHT)
-    assert torch.equal(cpu.eval()(IMAGE), gpu.eval()(IMAGE).cpu())
