@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torchvision
-from harness import interleave, ratios, summary, write
+from harness import interleave, ratios, resident, summary, write
 from literal import literal_loss, make_literal
 from torch import Tensor, nn
 
@@ -181,16 +181,10 @@ def memory_of(name: str, options: argparse.Namespace) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats()
         step()
         return {"step_mib": torch.cuda.max_memory_allocated() / 2**20}
-    before = resident_peak()
+    before = resident("VmHWM")
     for _ in range(3):
         step()
-    return {"step_mib": resident_peak(), "before_mib": before}
-
-
-def resident_peak() -> float:
-    """Return the peak resident memory of this process in MiB; getrusage would inherit that of the parent."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+    return {"step_mib": resident("VmHWM"), "before_mib": before}
 
 
 if __name__ == "__main__":

@@ -50,6 +50,12 @@ def summary(seconds: Sequence[float]) -> dict[str, float]:
     return {"min_ms": 1e3 * min(seconds), "median_ms": 1e3 * statistics.median(seconds)}
 
 
+def resident(field: str) -> float:
+    """Return memory of this process in MiB: "VmRSS" now, "VmHWM" at its peak. getrusage would inherit the parent's."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
 def environment() -> dict[str, Any]:
     """Return versions, commit and hardware."""
     import torch

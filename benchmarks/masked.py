@@ -23,7 +23,7 @@ from typing import Any
 
 import timm
 import torch
-from harness import interleave, ratios, summary, write
+from harness import interleave, ratios, resident, summary, write
 from torch import nn
 
 import surgery
@@ -139,12 +139,6 @@ def peak(name: str, variant: str, batch: int, threads: int) -> float:
     for _ in range(3):
         step()
     return resident("VmHWM") - before
-
-
-def resident(field: str) -> float:
-    """Return a figure of this process in MiB; Linux only."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def clock(options: argparse.Namespace) -> Callable[[], float]:

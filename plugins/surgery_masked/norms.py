@@ -68,9 +68,9 @@ class _Norm(nn.Module):
         scale = self.weight.view(-1, mean.shape[1]) * (variance + self.eps).rsqrt()
         return torch.stack([scale, self.bias.view(-1, mean.shape[1]) - mean * scale])
 
-    def running(self, copies: int) -> tuple[Tensor, Tensor]:
-        """Return the running statistics, (copies, c) each."""
-        return self.running_mean.view(copies, -1), self.running_var.view(copies, -1)
+    def running_coefficients(self) -> Tensor:
+        """Return scale and shift for the running statistics."""
+        return self.coefficients(self.running_mean.view(self.copies, -1), self.running_var.view(self.copies, -1))
 
     def batch_coefficients(self, mean: Tensor, variance: Tensor, count: int) -> Tensor:
         """Return scale and shift for the statistics of a batch of `count` values, which the running ones follow."""
@@ -158,7 +158,7 @@ class ConsumerNorm(_Norm):
     def forward(self, *values: Tensor) -> Tensor:
         """Return scale and shift, of the batch in train mode."""
         if not self.training:
-            return self.coefficients(*self.running(self.copies))
+            return self.running_coefficients()
         weight, hidden, *masks = values
         mask = masks[0] if masks else weight.new_ones(1, self.branches)
         mask = dense(mask, self.branches, weight.dtype)
@@ -207,7 +207,7 @@ class BranchNorm(_Norm):
     def forward(self, *values: Tensor) -> Tensor:
         """Return scale and shift, of the batch in train mode."""
         if not self.training:
-            return self.coefficients(*self.running(self.copies))
+            return self.running_coefficients()
         weight, hidden = values[:2]
         if self.geometry.is_pointwise(weight) and runs_eagerly(hidden):
             mean, covariance = moments(hidden, self.copies)
