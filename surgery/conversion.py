@@ -236,7 +236,7 @@ def verify_preserved(model: nn.Module, converted: ConvertedNetwork, method: Meth
     Raises:
         ConformanceError: If the claim does not hold, with the largest difference.
     """
-    if method.preserves != "nothing":
+    if method.preserved() != "nothing":
         weights = converted.state_dict()
         lost = [
             key for key, value in model.state_dict().items() if key not in weights or not is_kept(weights[key], value)
@@ -245,7 +245,7 @@ def verify_preserved(model: nn.Module, converted: ConvertedNetwork, method: Meth
             raise ConformanceError(
                 f"preserves: {method.name} claims to keep the weights, but changed or lost {lost[:3]}"
             )
-    if method.preserves == "output":
+    if method.preserved() == "output":
         size = converted.meta[ARCHITECTURE].input_size
         image = torch.rand(2, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():

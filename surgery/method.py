@@ -73,7 +73,7 @@ class Method(ABC):
         name: What users pass to `convert`; also the name of the entry point.
         preserves: What holds right after conversion, in eval mode: "output" (bit-identical logits), "weights" (every
             weight of the source is there, unchanged, or in copies or equal parts where every branch has its own, but
-            the output may differ) or "nothing".
+            the output may differ) or "nothing". Where that depends on the options, override `preserved` as well.
         stacks: Whether the method may be applied to a network that another method has already converted.
     """
 
@@ -111,6 +111,10 @@ class Method(ABC):
         Raises:
             InvalidOption: If the criteria cannot be met.
         """
+
+    def preserved(self) -> Preserves:
+        """Return what holds with these options; by default `preserves`."""
+        return self.preserves
 
     def parameter_rules(self, model: ConvertedNetwork) -> tuple[ParameterRule, ...]:
         """Return the rules for parameters that need another learning rate or weight decay; none by default."""

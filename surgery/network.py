@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial, wraps
 from typing import Any, ClassVar, NoReturn, Protocol, runtime_checkable
 
 import torch
@@ -95,6 +95,20 @@ class Runner(Protocol):
         """Return what the block returns for these inputs, or None to let its graph run."""
 
 
+@runtime_checkable
+class Repeater(Protocol):
+    """A module that a method inserted into the root and that may run the graph more than once in one forward.
+
+    Attributes:
+        repeats_network: True; a module of the source may have a method of the same name.
+    """
+
+    repeats_network: bool
+
+    def repeat(self, network: ConvertedNetwork, forward: Callable[..., Tensor], *args: Tensor) -> Tensor:
+        """Return what the network returns for these inputs; `forward(*args)` runs its graph once."""
+
+
 class BlockModule(SurgeryModule):
     """One block of the network, called by the root graph."""
 
@@ -137,6 +151,22 @@ class ConvertedNetwork(SurgeryModule):
 
     source_class: ClassVar[type[nn.Module]] = nn.Module
     not_kept: ClassVar[frozenset[str]] = frozenset()
+
+    def recompile(self) -> Any:
+        """Generate the forward from the graph; a `Repeater` among the modules of the root decides how often it runs."""
+        code = super().recompile()
+        generated: Callable[..., Tensor] = type(self).forward
+        name = next((name for name, child in self.named_children() if isinstance(child, Repeater)), None)
+        if name is None:
+            return code
+
+        @wraps(generated)
+        def forward(self: ConvertedNetwork, *args: Tensor) -> Tensor:
+            value: Tensor = self._modules[name].repeat(self, partial(generated, self), *args)  # type: ignore[union-attr, operator]
+            return value
+
+        type(self).forward = forward
+        return code
 
     def __getattr__(self, name: str) -> Any:
         """Return a module, parameter or buffer; say so where a method of the source is not kept."""
@@ -274,9 +304,20 @@ def _refuse_several(network: ConvertedNetwork, name: str) -> None:
         )
 
 
+def _refuse_rewritten_head(network: ConvertedNetwork) -> None:
+    path = network.meta["architecture"].head.path
+    if any(len(node.args) > 1 for node in network.graph.find_nodes(op="call_module", target=path)):
+        raise NotKept(
+            f"{type(network).__name__}.reset_classifier: {path} is a {type(network.get_submodule(str(path))).__name__} "
+            "that reads more than the features, expected a classifier like the source's; replace the classifier before "
+            "the conversion"
+        )
+
+
 def _reset_classifier(self: ConvertedNetwork, num_classes: int, *args: Any, **kwargs: Any) -> None:
     """Replace the classifier as the source network's own method does, and write that into the record."""
     _refuse_several(self, "reset_classifier")
+    _refuse_rewritten_head(self)
     type(self).source_class.reset_classifier(self, num_classes, *args, **kwargs)  # type: ignore[attr-defined]
     architecture = self.meta["architecture"]
     refresh(self, architecture.input_size, edited=())

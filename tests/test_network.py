@@ -434,3 +434,73 @@ def test_what_is_compiled_exported_or_traced_is_the_graph(run_by_zero, x):
     assert torch.equal(torch.compile(run_by_zero, backend="eager", fullgraph=True)(x), plain)
     assert torch.equal(torch.export.export(run_by_zero, (x,)).module()(x), plain)
     assert torch.equal(torch.jit.trace(run_by_zero, x, check_trace=False)(x), plain)
+
+
+class Twice(nn.Module):
+    """Run the network twice and add the results up; it also shows the graph how often that was."""
+
+    repeats_network = True
+
+    def __init__(self):
+        super().__init__()
+        self.runs = 0
+
+    def forward(self, x):
+        self.runs += 1
+        return x
+
+    def repeat(self, network, forward, *args):
+        return forward(*args) + forward(*args) if network.training else forward(*args)
+
+
+def repeated(model):
+    network = rebuilt(model, 16)
+    rewriter = Rewriter(network, "toy")
+    rewriter.insert(Twice(), "x", at=None, role="twice")
+    return rewriter.finish()
+
+
+def test_a_repeater_decides_how_often_the_graph_runs(x):
+    model = small()
+    network = repeated(model).train()
+    for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.eval()  # the second run would read other statistics
+    assert torch.equal(network(x), 2 * model(x))
+    assert network.toy_twice.runs == 2
+    assert torch.equal(network.eval()(x), model(x))
+    assert network.toy_twice.runs == 3
+
+
+def test_a_repeater_works_in_copies_on_their_own_modules(x):
+    network = repeated(small()).train()
+    twin = copy.deepcopy(network)
+    twin(x)
+    assert (network.toy_twice.runs, twin.toy_twice.runs) == (0, 2)
+
+
+def test_removing_the_repeater_leaves_a_plain_network(x):
+    model = small()
+    network = repeated(model)
+    rewriter = Rewriter(network, "toy")
+    rewriter.remove("toy_twice")
+    plain = rewriter.finish().train()
+    assert torch.equal(plain(x), small_like(model, x))
+    assert not hasattr(type(plain).forward, "__wrapped__")
+
+
+def small_like(model, x):
+    return copy.deepcopy(model).train()(x)
+
+
+def test_the_classifier_is_not_reset_where_a_method_lets_it_read_more():
+    network = rebuilt(small(), 16)
+    rewriter = Rewriter(network, "toy")
+
+    class Two(nn.Linear):
+        def forward(self, features, other):
+            return super().forward(features)
+
+    linear = network.fc
+    rewriter.replace("fc", Two(linear.in_features, linear.out_features), "x")
+    with pytest.raises(NotKept, match="reset_classifier: fc is a Two that reads more than the features"):
+        rewriter.finish().reset_classifier(3)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
 
 from surgery.models.layout import Layout, resnet, resnext, wide_resnet
 from surgery.models.network import CifarResNet
+from surgery.models.preact import PreActLayout, PreActResNeXt, preact_resnext
 
-LAYOUTS: dict[str, Layout] = {
+LAYOUTS: dict[str, Layout | PreActLayout] = {
     # Zhao et al., 2022, tables 2 and 3. ResNeXt-29 16x64d: Xie et al., 2017, section 5.2.
     "resnet110": resnet(110),
     "resnet164": resnet(164),
@@ -26,7 +29,16 @@ LAYOUTS: dict[str, Layout] = {
     "resnext20_8x4d": resnext(8, 4, depth=20, base=16, shortcut="stride"),
     "resnext29_8x4d": resnext(8, 4, base=16, shortcut="stride"),
     "resnext29_8x8d": resnext(8, 8, base=16, shortcut="stride"),
+    # Lee and Shin, 2018, section 4 and appendix B: 9 and 21 blocks of width 64, 15 of width 96, 20 of width 160 for
+    # ImageNet, whose scales are W, 2W, 4W, 4W as printed. The paper gives no cardinality and no width of a path for the
+    # last two: 24 divides by its 6 parts, 40 by its 5, and 40 x 4 is as wide as the block's input, as 24 x 4 is.
+    "preresnext29_8x4d": preact_resnext(8, 4),
+    "preresnext65_8x4d": preact_resnext(8, 4, depth=65),
+    "preresnext47_24x4d": preact_resnext(24, 4, depth=47, width=96),
+    "preresnext62_40x4d": preact_resnext(40, 4, depth=62, width=160, widths=(1, 2, 4, 4), stem="imagenet"),
     # Small ones, which train within minutes on a CPU.
+    "preresnext20_8x2d": preact_resnext(8, 2, depth=20, width=32),
+    "preresnext29_8x2d": preact_resnext(8, 2, width=32),
     "resnet20": resnet(20),
     "resnext11_4x4d": resnext(4, 4, depth=11, base=16),
     "resnext20_4x4d": resnext(4, 4, depth=20, base=16),
@@ -40,30 +52,41 @@ LAYOUTS: dict[str, Layout] = {
     "wrn_40_2": wide_resnet(40, 2),
 }
 
-default_cfgs = generate_default_cfgs(
-    {
-        name: {
-            "url": "",
-            "num_classes": 10,
-            "input_size": (3, 32, 32),
-            "pool_size": (8, 8),
-            "crop_pct": 1.0,
-            "interpolation": "bilinear",
-            "mean": (0.4914, 0.4822, 0.4465),
-            "std": (0.2470, 0.2435, 0.2616),
-            "first_conv": "conv1",
-            "classifier": "fc",
-        }
-        for name in LAYOUTS
-    }
-)
+_CIFAR = {
+    "num_classes": 10,
+    "input_size": (3, 32, 32),
+    "pool_size": (8, 8),
+    "crop_pct": 1.0,
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.2470, 0.2435, 0.2616),
+}
+_IMAGENET = {
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "pool_size": (7, 7),
+    "crop_pct": 0.875,
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+}
 
 
-def _entry_point(name: str, layout: Layout) -> Callable[..., CifarResNet]:
+def _config(layout: Layout | PreActLayout) -> dict[str, Any]:
+    large = isinstance(layout, PreActLayout) and layout.stem == "imagenet"
+    shared = {"url": "", "interpolation": "bilinear", "first_conv": "conv1", "classifier": "fc"}
+    return {**shared, **(_IMAGENET if large else _CIFAR)}
+
+
+default_cfgs = generate_default_cfgs({name: _config(layout) for name, layout in LAYOUTS.items()})
+
+
+def _entry_point(name: str, layout: Layout | PreActLayout) -> Callable[..., nn.Module]:
+    network, stages = (PreActResNeXt, len(layout.widths)) if isinstance(layout, PreActLayout) else (CifarResNet, 3)
+    features = {"out_indices": tuple(range(stages + 1))}
+
     # timm hands the caller's own arguments and its bookkeeping over as keywords; build_model_with_cfg sorts them.
-    def build(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-        model: CifarResNet = build_model_with_cfg(
-            CifarResNet, name, pretrained, model_cfg=layout, feature_cfg={"out_indices": (0, 1, 2, 3)}, **kwargs
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        model: nn.Module = build_model_with_cfg(
+            network, name, pretrained, model_cfg=layout, feature_cfg=features, **kwargs
         )
         return model
 

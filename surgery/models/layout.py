@@ -87,7 +87,7 @@ def resnext(
     """
     return Layout(
         block="bottleneck",
-        blocks=_blocks_per_stage(depth, extra=2, layers=9),
+        blocks=blocks_per_stage(depth, extra=2, layers=9),
         stem=base,
         hidden=groups * width,
         output=4 * base,
@@ -106,7 +106,7 @@ def wide_resnet(depth: int, width: int) -> Layout:
     Reference:
         Zagoruyko and Komodakis, 2016, in the post-activation form of Zhao et al., 2022, table 2; the stem is 16 wide.
     """
-    blocks = _blocks_per_stage(depth, extra=4, layers=6)
+    blocks = blocks_per_stage(depth, extra=4, layers=6)
     return Layout(block="basic", blocks=blocks, stem=16, hidden=16 * width, output=16 * width)
 
 
@@ -119,11 +119,16 @@ def resnet(depth: int, *, base: int = 16) -> Layout:
     Reference:
         He et al., 2016, in the CIFAR form of Zhao et al., 2022, table 2: 110 layers are 12 blocks a stage.
     """
-    blocks = _blocks_per_stage(depth, extra=2, layers=9)
+    blocks = blocks_per_stage(depth, extra=2, layers=9)
     return Layout(block="bottleneck", blocks=blocks, stem=base, hidden=base, output=4 * base)
 
 
-def _blocks_per_stage(depth: int, *, extra: int, layers: int) -> int:
+def blocks_per_stage(depth: int, *, extra: int, layers: int) -> int:
+    """Return how many blocks a stage has in a network of `extra + layers * blocks` layers.
+
+    Raises:
+        InvalidOption: If no number of blocks gives `depth`.
+    """
     blocks, rest = divmod(depth - extra, layers)
     if rest or blocks < 1:
         raise InvalidOption(

@@ -77,7 +77,7 @@ class CifarResNet(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a fresh one for `num_classes`; None keeps the pooling."""
         self._set_classifier(num_classes, self.global_pool.pool_type if global_pool is None else global_pool)
-        _init_classifier(self.fc)
+        init_classifier(self.fc)
         self.global_pool.train(self.training)
         self.fc.train(self.training)
 
@@ -93,16 +93,8 @@ class CifarResNet(nn.Module):
         self.num_classes = num_classes
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        weight = self.conv1.weight
-        self.fc: nn.Module = nn.Identity()
-        if num_classes > 0:
-            self.fc = nn.Linear(
-                self.head_hidden_size,
-                num_classes,
-                bias=self.layout.classifier_bias,
-                device=weight.device,
-                dtype=weight.dtype,
-            )
+        bias = self.layout.classifier_bias
+        self.fc = new_classifier(self.head_hidden_size, num_classes, bias=bias, like=self.conv1.weight)
 
     def _init_weights(self, *, zero_init_last: bool) -> None:
         for module in self.modules():
@@ -110,7 +102,22 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif zero_init_last and isinstance(module, BasicBlock | Bottleneck):
                 nn.init.zeros_(module.last_norm.weight)
-        _init_classifier(self.fc)
+        init_classifier(self.fc)
+
+
+def new_classifier(inputs: int, classes: int, *, bias: bool, like: Tensor) -> nn.Module:
+    """Return a linear layer with the device and dtype of `like`; for no classes, the identity."""
+    if classes <= 0:
+        return nn.Identity()
+    return nn.Linear(inputs, classes, bias=bias, device=like.device, dtype=like.dtype)
+
+
+def init_classifier(fc: nn.Module) -> None:
+    """Draw the weights of a fresh classifier; one that was left out has none."""
+    if isinstance(fc, nn.Linear):
+        nn.init.normal_(fc.weight, std=1e-3)  # Zhao et al., 2022: near-uniform predictions at the start
+        if fc.bias is not None:
+            nn.init.zeros_(fc.bias)
 
 
 def _feature_info(cfg: Layout) -> list[dict[str, int | str]]:
@@ -130,10 +137,3 @@ def _block(cfg: Layout, index: int, inputs: int, *, stride: int) -> nn.Module:
     if cfg.block == "basic":
         return BasicBlock(inputs, outputs, stride=stride, shortcut=cfg.shortcut)
     return Bottleneck(inputs, hidden, outputs, groups=cfg.groups, stride=stride, shortcut=cfg.shortcut)
-
-
-def _init_classifier(fc: nn.Module) -> None:
-    if isinstance(fc, nn.Linear):
-        nn.init.normal_(fc.weight, std=1e-3)  # Zhao et al., 2022: near-uniform predictions at the start
-        if fc.bias is not None:
-            nn.init.zeros_(fc.bias)

@@ -65,7 +65,7 @@ def original_untouched(case: Case) -> None:
 
 
 def preserves(case: Case) -> None:
-    """What the method claims in `preserves` holds in float64."""
+    """What the method claims to preserve holds in float64."""
     source = case.build().double()
     try:
         verify_preserved(source, case.convert(source), case.method)
@@ -93,7 +93,7 @@ def source_weights_load(case: Case) -> None:
 
     What every branch has its own of gets copies of it, or equal parts of it.
     """
-    if case.method.preserves == "nothing":
+    if case.method.preserved() == "nothing":
         return
     weights = {key: _changed(value) for key, value in case.build().state_dict().items()}
     converted = case.converted()
