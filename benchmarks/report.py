@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import report_gated
+import report_inclusive
 import report_masked
 from tables import machine, ms, percent, spread, table
 
@@ -237,6 +238,7 @@ def claims_of_coded(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
     "claims-coded": claims,
     "claims-gated": report_gated.claims,
+    "claims-inclusive": report_inclusive.claims,
     "claims-masked": report_masked.claims,
     "coded": coded,
     "core": core,

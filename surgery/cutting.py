@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from surgery.architecture import Block
 from surgery.channels import ChannelMap, Scatter, Select, channel_map
-from surgery.editing import Editor
+from surgery.editing import Editor, hand_over_hooks
 from surgery.errors import RewriteError
 from surgery.slicing import Selectable, cut_spaces, cut_widths, keep_branches, slice_module
 from surgery.tracing import SITE
@@ -49,6 +49,7 @@ def select(editor: Editor, path: str, keep: Sequence[int]) -> None:
     if not isinstance(old, Selectable):
         raise RewriteError(f"{path}: {type(old).__name__} has no method `selected`, so no part of it can be kept")
     new = old.selected(keep)
+    hand_over_hooks(old, new)
     editor.network.set_submodule(path, new)
     node.args = node.args[: _positional(new)]
     editor.sweep(at)

@@ -15,6 +15,16 @@ from surgery.network import ConvertedNetwork, SurgeryModule
 from surgery.shapes import SIZE, forget, refresh, refresh_nested, total_macs
 from surgery.tracing import MARK, SITE, upstream
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
 
 class Editor:
     """The state of one method's edits, and the steps that they share.
@@ -263,6 +273,14 @@ class Editor:
             macs=total_macs(owner.graph),
             params=sum(parameter.numel() for parameter in owner.parameters()),
         )
+
+
+def hand_over_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Let the hooks on a module that is replaced fire on the new one."""
+    for name in _HOOKS:
+        vars(new)[name].update(vars(old)[name])
+    if old._is_full_backward_hook is not None:
+        new._is_full_backward_hook = old._is_full_backward_hook
 
 
 def _where(at: Block | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import nn
 
-from surgery.conversion import CONVERSION, METHODS
+from surgery.conversion import ARCHITECTURE, CONVERSION, METHODS
 from surgery.errors import InvalidOption, PruneError
 from surgery.figures import Figures, figures
 from surgery.history import Conversion, Operation
@@ -192,12 +192,25 @@ def apply_plan(network: ConvertedNetwork, decided: PrunePlan) -> ConvertedNetwor
         )
     rewriter = _apply(network, decided.method, decided.cuts)
     pruned = rewriter.finish()
+    _declare_features(pruned)
     provider = _provider(network, decided.method)
     operation = Operation(
         "prune", decided.method, decided.to_dict(), {}, tuple(rewriter.sites), provider.distribution, provider.version
     )
     pruned.meta[CONVERSION] = pruned.meta[CONVERSION].then(operation)
     return pruned
+
+
+def _declare_features(network: ConvertedNetwork) -> None:
+    """Let a timm network say how many features its classifier reads now; `reset_classifier` builds one for as many."""
+    path = network.meta[ARCHITECTURE].head.path
+    head = None if path is None else network.get_submodule(path)
+    said = vars(network)
+    if not isinstance(head, nn.Linear) or said.get("head_hidden_size", head.in_features) == head.in_features:
+        return
+    if said.get("num_features") == said["head_hidden_size"]:
+        said["num_features"] = head.in_features
+    said["head_hidden_size"] = head.in_features
 
 
 def _decided(network: ConvertedNetwork, criteria: Mapping[str, Any]) -> PrunePlan:

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from surgery import cutting, replication
 from surgery.architecture import Architecture, Block
-from surgery.editing import Editor
+from surgery.editing import Editor, hand_over_hooks
 from surgery.errors import RewriteError
 from surgery.history import Site
 from surgery.network import ConvertedNetwork
@@ -129,7 +129,7 @@ class Rewriter:
         return placeholder.name
 
     def replace(self, path: str, module: nn.Module, *extra: str, role: str = "replacement") -> None:
-        """Put `module` in the place of the one at `path`: same call, weights handed over explicitly.
+        """Put `module` in the place of the one at `path`: same call and hooks, weights handed over explicitly.
 
         Args:
             path: Path of the old module, such as `block.merge`.
@@ -143,6 +143,7 @@ class Rewriter:
         editor = self._editor
         at, node = editor.block_of(path), editor.call(path)
         editor.adopt(editor.owner(at), module, self.module(path))
+        hand_over_hooks(self.module(path), module)
         self.network.set_submodule(path, module)
         node.args = (*node.args, *(editor.node(name, at) for name in extra))
         editor.check_order([node], *[argument for argument in node.args if isinstance(argument, fx.Node)], at=at)

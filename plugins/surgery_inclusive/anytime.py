@@ -14,6 +14,7 @@ import surgery
 from surgery import ConvertedNetwork
 from surgery.errors import InvalidOption
 from surgery.objective import unwrap
+from surgery.taps import undisturbed
 from surgery_inclusive.heads import Heads
 from surgery_inclusive.prefixes import PrefixCache
 from surgery_inclusive.selection import Subnetworks, selected, subnetworks_of, use
@@ -74,7 +75,7 @@ def _predictions(steps: _Steps, images: Tensor, confidence: float | None) -> Ite
     rows = torch.arange(len(images), device=images.device)
     for k in range(2, steps.count + 1):
         if confidence is not None:
-            unsure = logits[rows].softmax(dim=1).amax(dim=1) < confidence
+            unsure = ~(logits[rows].softmax(dim=1).amax(dim=1) >= confidence)  # also where it is not a number
             if not unsure.any():
                 return
             if not unsure.all():
@@ -98,11 +99,10 @@ class _Steps:
         for cache in self.caches.values():
             cache.keep(rows)
 
-    @torch.no_grad()
     def run(self, k: int, images: Tensor) -> Tensor:
         """Return the logits of sub-network `k`; the one before has run."""
         start = k - 1 if self.subnetworks.sparse else 0
-        with _evaluating(self.network), self._remembering(), selected(self.subnetworks, k, start):
+        with _inference(self.network, self.subnetworks), self._remembering(), selected(self.subnetworks, k, start):
             logits: Tensor = self.network(images)
         return logits
 
@@ -119,12 +119,16 @@ class _Steps:
 
 
 @contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    training = [module for module in network.modules() if module.training]
+def _inference(network: ConvertedNetwork, subnetworks: Subnetworks) -> Iterator[None]:
+    """Run in eval mode and without gradients, and leave modes and taps as they are."""
+    training = [module for module in network.modules() if module.training] if network.training else []
     for module in training:
         module.training = False
     try:
-        yield
+        # Not in inference mode, even if the caller is: what is kept from a step may be read outside of it.
+        heads = network.get_submodule(subnetworks.heads)
+        with torch.inference_mode(mode=False), torch.no_grad(), undisturbed(heads):
+            yield
     finally:
         for module in training:
             module.training = True
@@ -181,6 +185,9 @@ def predict_within(
         raise InvalidOption(
             f"predict_within: found milliseconds={milliseconds!r} and macs={macs!r}, expected exactly one of them"
         )
+    budget = macs if milliseconds is None else milliseconds
+    if not budget >= 0:  # type: ignore[operator]
+        raise InvalidOption(f"predict_within: found a budget of {budget!r}, expected a number of at least 0")
     network, subnetworks = unwrap(model), subnetworks_of(model)
     costs = subnetwork_macs(network, (images.shape[-2], images.shape[-1]))
     timer = _Timer(clock, images.device)
@@ -192,7 +199,8 @@ def predict_within(
                 f"predict_within: the budget is {macs:,.0f} multiply-adds, but the thinnest sub-network needs "
                 f"{costs[0]:,}; expected at least that"
             )
-        logits = _alone(network, k, images)
+        with _inference(network, subnetworks), selected(subnetworks, k):
+            logits = network(images)
     else:
         assert milliseconds is not None
         k, logits = _timed(steps, costs, images, timer, milliseconds)
@@ -223,13 +231,6 @@ def _timed(
 def _fits(spent: float, macs: int, more: int, budget: float) -> bool:
     """Return whether `more` multiply-adds end in time, where `macs` of them took `spent`."""
     return spent * (1 + more / macs) <= budget
-
-
-@torch.no_grad()
-def _alone(network: ConvertedNetwork, k: int, images: Tensor) -> Tensor:
-    with _evaluating(network), use(network, k):
-        logits: Tensor = network(images)
-    return logits
 
 
 class _Timer:

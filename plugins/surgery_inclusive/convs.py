@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgery.channels import Select
+from surgery_inclusive.kernels import paired, runs_here
 from surgery_inclusive.selection import Span
 
 
@@ -33,9 +34,9 @@ class SlicedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor, span: Span) -> Tensor:  # type: ignore[override]
         """Return the outputs of the parts in `span`."""
-        if span == (0, self.parts):
-            return super().forward(input)
-        weight, bias, groups = self._part(*span)
+        weight, bias, groups = (self.weight, self.bias, self.groups) if span == (0, self.parts) else self._part(*span)
+        if self.training and max(self.kernel_size) > 1 and runs_here(input):
+            weight, groups = paired(weight, groups)
         return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, groups)
 
     def selected(self, keep: Sequence[int]) -> nn.Module:

@@ -51,6 +51,12 @@ class Heads(nn.Linear):
         """Whether the logits of all sub-networks are wanted."""
         return any(tap.recording for tap in self.taps)
 
+    def clear(self) -> None:
+        """Forget the logits of an earlier forward."""
+        for tap in self.taps:
+            assert isinstance(tap, Tap)
+            tap.clear()
+
     def forward(self, input: Tensor, span: Span) -> Tensor:  # type: ignore[override]
         """Return the logits of the sub-network that `span` ends with, and tap those of all that it computes."""
         start, stop = span

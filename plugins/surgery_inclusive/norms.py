@@ -63,7 +63,9 @@ class SharedNorm(nn.BatchNorm2d):
         self.parts = parts
         # A cumulative average counts for every part by itself: thin sub-networks leave the last ones alone.
         counts = torch.zeros(parts, dtype=torch.long, device=_device(norm))
-        self.register_buffer("part_batches", counts, persistent=False)
+        if norm.num_batches_tracked is not None:
+            counts += norm.num_batches_tracked
+        self.register_buffer("part_batches", counts)
 
     def forward(self, input: Tensor, span: Span) -> Tensor:  # type: ignore[override]
         """Return the normalized channels of the parts in `span`."""

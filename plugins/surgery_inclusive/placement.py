@@ -8,6 +8,7 @@ from math import gcd
 
 from timm.layers.norm_act import BatchNormAct2d
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from surgery import Architecture, Block, ConvertedNetwork, Refusal, Rewriter
 from surgery.channels import ChannelMap, Use, channel_map
@@ -66,21 +67,33 @@ def body(rewriter: Rewriter, block: Block, parts: int) -> Body | Refusal:
         return Refusal(block.path, f"its branches cannot be told apart: {pins[0]}", CURE)
     for space in hidden:
         check_divisible(channels.sizes[space], parts, block.path)
-    convs, norms = [], []
-    for use in channels.uses:
-        module, path = owner.get_submodule(use.path), f"{block.path}.{use.path}"
-        reads, writes = (_is_in(channels, hidden, space) for space in (_read(module, use), use.writes))
-        if use.path not in inside or not (reads or writes):
-            continue
-        if isinstance(module, nn.Conv2d) and is_plain(module):
-            if module.groups > 1:
-                check_divisible(module.groups, parts, path)
-            convs.append(Conv(path, reads, writes and path != block.merge))
-        elif isinstance(module, _NORMS):
-            norms.append(path)
-        else:
-            return Refusal(block.path, f"{path} ({type(module).__name__}) acts on its branches and cannot be cut", CURE)
-    return Body(block, tuple(convs), tuple(norms))
+    uses = [use for use in channels.uses if use.path in inside]
+    found = [_divided(owner, block, use, channels, hidden, parts) for use in uses]
+    refusals = [part for part in found if isinstance(part, Refusal)]
+    convs = tuple(part for part in found if isinstance(part, Conv))
+    if not refusals and not any(conv.path == block.merge and conv.reads for conv in convs):
+        reason = f"{block.merge} does not read the channels that the other convolutions write"
+        refusals.append(Refusal(block.path, reason, CURE))
+    return refusals[0] if refusals else Body(block, convs, tuple(part for part in found if isinstance(part, str)))
+
+
+def _divided(
+    owner: SurgeryModule, block: Block, use: Use, channels: ChannelMap, hidden: set[int], parts: int
+) -> Conv | str | Refusal | None:
+    """Return what is divided of a convolution, the path of a norm, why it cannot be, or None for what stays whole."""
+    module, path = owner.get_submodule(use.path), f"{block.path}.{use.path}"
+    reads, writes = (_is_in(channels, hidden, space) for space in (_read(module, use), use.writes))
+    if not (reads or writes):
+        return None
+    if isinstance(module, _NORMS):
+        return path
+    if not (isinstance(module, nn.Conv2d) and is_plain(module)):
+        return Refusal(block.path, f"{path} ({type(module).__name__}) acts on its branches and cannot be cut", CURE)
+    if module.groups > 1:
+        check_divisible(module.groups, parts, path)
+        if not reads and path != block.convs[0]:
+            return Refusal(block.path, f"{path} is grouped and reads more than the branches", CURE)
+    return Conv(path, reads, writes and path != block.merge)
 
 
 def _inside(owner: SurgeryModule, block: Block) -> set[str]:
@@ -111,7 +124,13 @@ def _read(module: nn.Module, use: Use) -> int | None:
 
 def is_plain(conv: nn.Conv2d) -> bool:
     """Return whether a convolution is computed from its weight and settings alone."""
-    return type(conv).forward is nn.Conv2d.forward and conv.padding_mode == "zeros"
+    plain = type(conv).forward is nn.Conv2d.forward and conv.padding_mode == "zeros"
+    return plain and has_own_weight(conv)
+
+
+def has_own_weight(module: nn.Module) -> bool:
+    """Return whether the weight is a parameter, not worked out of others as in weight or spectral normalization."""
+    return not parametrize.is_parametrized(module) and "weight" in module._parameters
 
 
 def check_divisible(size: int, parts: int, where: str) -> None:
@@ -133,14 +152,15 @@ def norm_paths(network: ConvertedNetwork, architecture: Architecture) -> list[st
     Raises:
         NothingConverted: If a norm cannot have copies for the sub-networks.
     """
-    found = list(_called_norms(network, architecture))
+    called = list(_called(network, architecture))
+    found = [path for path in called if isinstance(network.get_submodule(path), nn.modules.batchnorm._NormBase)]
     unusable: list[str] = []
     for path, module in network.named_modules():
         if not isinstance(module, nn.modules.batchnorm._NormBase):
             continue
-        if path not in found:
-            unusable.append(f"{path} ({type(module).__name__}) is not called by the graph")
-        elif type(module) not in _NORMS:
+        if path not in found and any(path.startswith(f"{leaf}.") for leaf in called):
+            unusable.append(f"{path} ({type(module).__name__}) is inside a layer that is called as a whole")
+        elif path in found and type(module) not in _NORMS:
             unusable.append(f"{path} is a {type(module).__name__}, expected a BatchNorm2d")
     if unusable:
         raise NothingConverted(
@@ -150,16 +170,14 @@ def norm_paths(network: ConvertedNetwork, architecture: Architecture) -> list[st
     return found
 
 
-def _called_norms(network: ConvertedNetwork, architecture: Architecture) -> Iterator[str]:
+def _called(network: ConvertedNetwork, architecture: Architecture) -> Iterator[str]:
+    """Yield the paths of the modules that the graphs call."""
     blocks = {block.path for block in architecture.blocks}
     for node in network.graph.find_nodes(op="call_module"):
         if node.target in blocks:
             graph: fx.Graph = network.block(str(node.target)).graph
-            for inner in graph.find_nodes(op="call_module"):
-                path = f"{node.target}.{inner.target}"
-                if isinstance(network.get_submodule(path), nn.modules.batchnorm._NormBase):
-                    yield path
-        elif isinstance(network.get_submodule(str(node.target)), nn.modules.batchnorm._NormBase):
+            yield from (f"{node.target}.{inner.target}" for inner in graph.find_nodes(op="call_module"))
+        else:
             yield str(node.target)
 
 
@@ -171,9 +189,9 @@ def refuse_count(blocks: Sequence[Block], count: int) -> None:
     """
     common = gcd(*(block.cardinality for block in blocks))
     if common % count:
-        allowed = [n for n in range(2, common + 1) if common % n == 0]
+        allowed = ", ".join(str(n) for n in range(2, common + 1) if common % n == 0)
         raise InvalidOption(
             f"inclusive: option 'subnetworks' is {count}, but the blocks have "
-            f"{'/'.join(str(n) for n in sorted({block.cardinality for block in blocks}))} branches; expected one of "
-            f"{', '.join(map(str, allowed[:12])) or 'none: use another network'}"
+            f"{'/'.join(str(n) for n in sorted({block.cardinality for block in blocks}))} branches; expected "
+            f"{f'one of {allowed}' if allowed else 'blocks with a common divisor: use another network'}"
         )

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
 from surgery import ConvertedNetwork
-from surgery.errors import InvalidOption
+from surgery.errors import InvalidOption, UnsupportedModel
 from surgery.objective import unwrap
 from surgery_inclusive.gradients import reach
 
@@ -57,12 +58,27 @@ class Subnetworks(nn.Module):
         return self.span
 
     def repeat(self, network: ConvertedNetwork, forward: Callable[..., Tensor], *args: Tensor) -> Tensor:
-        """Return the logits of the last sub-network that runs."""
+        """Return the logits of the last sub-network that runs.
+
+        Raises:
+            UnsupportedModel: If the norms were exchanged after the conversion.
+        """
+        if self.norm is not None and isinstance(network.get_submodule(self.norm), nn.SyncBatchNorm):
+            raise UnsupportedModel(
+                f"inclusive: {self.norm} has become a SyncBatchNorm, which knows of no sub-networks; leave the norms "
+                "as the conversion made them"
+            )
+        self._clear(network)
         if self.chosen is not None or self.sparse or not self._all_run(network):
             output = forward(*args)
         else:
             output = self._each(forward, *args)
         return reach(output, self.idle) if self.idle else output
+
+    def _clear(self, network: ConvertedNetwork) -> None:
+        """Forget the logits of an earlier forward."""
+        heads: Any = network.get_submodule(self.heads)
+        heads.clear()
 
     def _each(self, forward: Callable[..., Tensor], *args: Tensor) -> Tensor:
         try:

@@ -86,10 +86,11 @@ def _check(rewriter: Rewriter, architecture: Architecture, channels: ChannelMap,
         plain = isinstance(module, nn.Conv2d) and is_plain(module)
         if not plain and not isinstance(module, nn.modules.batchnorm._NormBase) and use.path != head:
             refusals.append(Refusal(use.path, f"a {type(module).__name__} reads or writes features", CURE))
-        if use.path != head:
-            _check_widths(channels, use, module, count)
     if refusals:
         raise NothingConverted(f"inclusive: the features of {architecture.name} cannot be divided", tuple(refusals))
+    for use in channels.uses:
+        if use.path != head:
+            _check_widths(channels, use, rewriter.module(use.path), count)
 
 
 def _check_widths(channels: ChannelMap, use: Use, module: nn.Module, count: int) -> None:

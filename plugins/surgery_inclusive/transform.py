@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from timm.layers import Linear
 from timm.layers.norm_act import BatchNormAct2d
-from torch import nn
+from torch import fx, nn
 
 from surgery import Architecture, Block, Refusal, Rewriter
 from surgery.errors import NothingConverted
 from surgery_inclusive.convs import FirstChannels, SlicedConv2d
 from surgery_inclusive.heads import Heads
 from surgery_inclusive.norms import IndependentNorm, SharedNorm
-from surgery_inclusive.placement import CURE, Body, body, norm_paths, refuse_count
+from surgery_inclusive.placement import Body, body, has_own_weight, norm_paths, refuse_count
 from surgery_inclusive.selection import Subnetworks
 from surgery_inclusive.taxonomy import Taxonomy
 
@@ -122,21 +123,46 @@ def _bodies(rewriter: Rewriter, architecture: Architecture, count: int) -> list[
 
 
 def _open(edit: Edit, block: Block) -> None:
-    """Let a block that begins with its depthwise convolution read the channels of its sub-network alone."""
-    if block.kind == "depthwise" and block.convs[0] == block.spatial:
-        rewriter = edit.rewriter
-        reader, source = rewriter.call_of(block.spatial), rewriter.input_of(block.spatial)
-        module = FirstChannels(block.channels.hidden, edit.count)
+    """Let a block that begins with a depthwise or grouped convolution read the channels of its sub-network alone."""
+    rewriter, path = edit.rewriter, block.convs[0]
+    first = rewriter.module(path)
+    assert isinstance(first, nn.Conv2d)
+    if first.groups > 1:
+        reader, source = rewriter.call_of(path), rewriter.input_of(path)
+        module = FirstChannels(first.in_channels, edit.count)
         rewriter.insert(module, source, edit.span(block.path), at=block, role="first", users=[reader])
 
 
 def _head(rewriter: Rewriter, architecture: Architecture) -> str:
+    """Return the path of the classifier.
+
+    Raises:
+        NothingConverted: If there is none, or not a plain linear one whose result is the output.
+    """
     path = architecture.head.path
     module = None if path is None else rewriter.module(path)
-    if path is None or not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
-        found = "none" if module is None else f"{path}, a {type(module).__name__}"
-        reason = f"expected a linear classifier, which every sub-network gets its own of, found {found}"
+    reason = ""
+    if path is None:
+        reason = "no classifier was found, expected a linear one, which every sub-network gets its own of"
+    elif type(module) not in (nn.Linear, Linear) or not has_own_weight(module):  # type: ignore[arg-type]
+        reason = f"the classifier is a {type(module).__name__}, expected a plain linear layer"
+    elif (behind := _behind(rewriter, path)) is not None:
+        reason = f"{behind} changes what the classifier returns, expected its logits as the output"
+    if reason:
+        cure = "end the network with its linear classifier"
         raise NothingConverted(
-            f"inclusive: {architecture.name} cannot be converted", (Refusal(path or "(root)", reason, CURE),)
+            f"inclusive: {architecture.name} cannot be converted", (Refusal(path or "(root)", reason, cure),)
         )
+    assert path is not None
     return path
+
+
+def _behind(rewriter: Rewriter, head: str) -> str | None:
+    """Return what comes between the classifier and the output, if anything does."""
+    node = rewriter.network.graph.output_node().args[0]
+    while isinstance(node, fx.Node) and node.target != head:
+        module = rewriter.module(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(module, nn.Identity):
+            return node.name
+        node = node.args[0]
+    return None

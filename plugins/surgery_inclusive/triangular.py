@@ -105,7 +105,8 @@ class TriangularConv2d(nn.Module):
             read = value if self.stride == (1, 1) else value[:, :, ::down, ::across]
             outputs = triangular_pointwise(read, weights)
             return outputs if bias is None else outputs + bias[:, None, None]
-        return self._apart(value, _joined(weights), bias)
+        # The zeros that join blocks would carry what is not finite from one part to another: only in training.
+        return self._apart(value, _joined(weights) if self.training else weights, bias)
 
     def _apart(self, value: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         """Return the outputs of one convolution for each row block."""

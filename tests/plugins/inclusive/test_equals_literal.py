@@ -9,12 +9,12 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from tests.plugins.inclusive.literal import thin_resnext, torchvision_resnext, zeroed
 from torch import nn
 
 import surgery
 import surgery_inclusive
 from surgery.testing import tiny_networks, unsettle
+from tests.plugins.inclusive.literal import thin_resnext, torchvision_resnext, zeroed
 
 K = 4
 IMAGES = torch.randn(5, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
