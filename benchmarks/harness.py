@@ -56,6 +56,20 @@ def resident(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
+def added_memory(warm: Callable[[], object], step: Callable[[], Callable[[], object]], repeats: int = 3) -> float:
+    """Return how many MiB `repeats` calls of what `step` builds add to the resident memory, after `warm` has run.
+
+    Run it in a process of its own: memory that was freed before is taken again.
+    """
+    warm()  # libraries, and what they keep
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten, also that of the parent process
+    run = step()
+    for _ in range(repeats):
+        run()
+    return resident("VmHWM") - before
+
+
 def environment() -> dict[str, Any]:
     """Return versions, commit and hardware."""
     import torch

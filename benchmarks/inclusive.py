@@ -5,7 +5,8 @@ python benchmarks/inclusive.py [--rounds 10] [--threads 1] [--device cuda] [--cp
 A training step is forward, backward and SGD with momentum on random images. All networks of a row run in turns in one
 process: the source; a plain network of the same depth and width whose branches are so many that it needs as many
 multiply-adds as the sparse network; the sparse network; the dense one, in one forward and with one pass a sub-network.
-For inference: one forward of the full sparse network, and anytime prediction through all of its sub-networks.
+For inference: one forward of the full sparse network, and anytime prediction through all of its sub-networks. Memory
+is what three steps of the dense network add to a process of its own.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import argparse
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import torch
-from harness import interleave, ratios, summary, write
+from harness import added_memory, interleave, ratios, summary, write
 from torch import nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
@@ -28,6 +31,7 @@ import surgery_inclusive
 from surgery.models import PreActResNeXt, preact_resnext
 
 GOALS = {"sparse / plain of the same MACs": 1.15, "passes / sparse, per sub-network": 0.8, "anytime / full": 1.10}
+LARGE, INFERENCE_SIZE = 64, 224  # pixels a side: from the first on, inference is timed at the second
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ def main() -> None:
         print(row)
     if not options.dry:
         found = {"rows": rows, "goals": GOALS, "device": options.device, "clock": "cpu" if options.cpu_time else "wall"}
-        print(write("inclusive" if options.device == "cpu" else f"inclusive-{options.device}", found))
+        where = f"{options.threads}-threads" if options.device == "cpu" else options.device
+        print(write(f"inclusive-{where}", found))
 
 
 def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
@@ -107,7 +112,23 @@ def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
             "passes / dense": ratios(times, "dense, passes", "dense"),
         },
         "inference": inference(sparse.eval(), case, options),
+        "peak_mib": {way: in_own_process(case, way, options) for way in ("one forward", "passes")},
     }
+
+
+def in_own_process(case: Case, way: str, options: argparse.Namespace) -> float | None:
+    """Return the memory of a training step of the dense network, in MiB; None on a GPU, where it is not this."""
+    if options.device != "cpu":
+        return None
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(peak, case, way, options.threads).result()
+
+
+def peak(case: Case, way: str, threads: int) -> float:
+    torch.set_num_threads(threads)
+    dense = surgery.convert(case.build(case.branches), "inclusive", input_size=case.size, subnetworks=case.subnetworks)
+    step = step_of if way == "one forward" else passes_of
+    return added_memory(step(dense, replace(case, batch=2), "cpu"), partial(step, dense, case, "cpu"))
 
 
 def same_macs(case: Case, macs: int) -> tuple[nn.Module, int]:
@@ -155,8 +176,9 @@ def passes_of(model: nn.Module, case: Case, device: str) -> Callable[[], None]:
 def inference(model: nn.Module, case: Case, options: argparse.Namespace) -> dict[str, Any]:
     """Return times of one full forward, and of anytime prediction through all sub-networks."""
     found = {}
+    side = case.size if case.size < LARGE else INFERENCE_SIZE
     for size in (1, case.batch):
-        images = torch.randn(size, 3, case.size, case.size, device=options.device)
+        images = torch.randn(size, 3, side, side, device=options.device)
 
         def full(images: torch.Tensor = images) -> None:
             with torch.no_grad():

@@ -18,12 +18,11 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from harness import interleave, ratios, resident, summary, write
+from harness import added_memory, interleave, ratios, summary, write
 from torch import nn
 
 import surgery
@@ -132,13 +131,7 @@ def in_own_process(name: str, variant: str, options: argparse.Namespace) -> floa
 def peak(name: str, variant: str, batch: int, threads: int) -> float:
     """Return how many MiB three steps add to the resident memory."""
     torch.set_num_threads(threads)
-    step_of(name, variant, 2)()  # libraries and the state of the optimizer
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten, also that of the parent process
-    step = step_of(name, variant, batch)
-    for _ in range(3):
-        step()
-    return resident("VmHWM") - before
+    return added_memory(step_of(name, variant, 2), partial(step_of, name, variant, batch))
 
 
 def clock(options: argparse.Namespace) -> Callable[[], float]:

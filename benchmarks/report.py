@@ -245,6 +245,7 @@ RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
     "coverage": coverage,
     "gated-pruning": report_gated.pruning,
     "gated-skipping": report_gated.skipping,
+    "inclusive": report_inclusive.cost,
     "masked": report_masked.cost,
     "published": published,
     "schemes": schemes,

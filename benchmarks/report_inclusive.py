@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from tables import machine, percent, table
+from tables import machine, percent, spread, table
 
 Runs = Sequence[Mapping[str, Any]]
 Variants = Mapping[str, Runs]
@@ -32,6 +32,49 @@ EQUAL = (
     ("thin, each alone", "shallow, each alone"),
     ("joint, independent", "sparse"),
 )
+
+
+def cost(result: Mapping[str, Any]) -> Iterator[str]:
+    """Render what training and anytime prediction with nested sub-networks cost."""
+    goals, threads = result["goals"], result["environment"]["threads"]
+    yield f"## Inclusive networks, in time and memory, {threads} thread{'s' if threads > 1 else ''}\n"
+    yield machine(result)
+    yield (
+        "A training step is forward, backward and SGD on random images; times relative to another network, round by "
+        'round, median (quartiles). "Plain of the same MACs" is the source with as many branches as give it the '
+        'multiply-adds of the sparse network. "Passes" is one forward and backward pass for each sub-network of the '
+        'dense network, "anytime" a prediction after each sub-network of the sparse one, "full" one forward of it.\n'
+    )
+    for row in result["rows"]:
+        yield f"{row['network']}, K = {row['subnetworks']}, {row['size']} px, {row['batch']} images:\n"
+        wanted = {
+            "sparse / plain of the same MACs": goals["sparse / plain of the same MACs"],
+            "passes / sparse": -row["subnetworks"] * goals["passes / sparse, per sub-network"],
+        }
+        lines = [(f"training, {what}", found, wanted.get(what)) for what, found in row["ratios"].items()]
+        for images, found in row["inference"].items():
+            lines.append(
+                (f"inference, anytime / full, batch of {images}", found["anytime / full"], goals["anytime / full"])
+            )
+        yield from table(
+            ("", "ratio", "goal"), [(what, spread(found), goal(found, limit)) for what, found, limit in lines]
+        )
+        macs = [(name, f"{count / 1e6:,.0f} M") for name, count in row["macs"].items()]
+        yield from table(("", *(name for name, _ in macs)), [("multiply-adds", *(count for _, count in macs))])
+        memory = [(way, mib) for way, mib in row["peak_mib"].items() if mib is not None]
+        if memory:
+            yield from table(
+                ("", *(way for way, _ in memory)),
+                [("memory of a dense training step, MiB", *(f"{mib:,.0f}" for _, mib in memory))],
+            )
+
+
+def goal(found: Mapping[str, float], limit: float | None) -> str:
+    """Say whether a ratio meets its goal: at most the limit, or at least the negative of it."""
+    if limit is None:
+        return ""
+    met = found["median"] <= limit if limit > 0 else found["median"] >= -limit
+    return f"{'at most' if limit > 0 else 'at least'} {abs(limit):.2f}, {'met' if met else 'missed'}"
 
 
 def claims(result: Mapping[str, Any]) -> Iterator[str]:
