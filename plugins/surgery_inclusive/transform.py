@@ -15,9 +15,6 @@ from surgery_inclusive.placement import Body, body, has_own_weight, norm_paths, 
 from surgery_inclusive.selection import Subnetworks
 from surgery_inclusive.taxonomy import Taxonomy
 
-SUBNETWORKS = "inclusive_subnetworks"
-"""Name of the module that decides which sub-networks run."""
-
 
 class Edit:
     """What both forms put into a network.
