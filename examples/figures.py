@@ -28,11 +28,10 @@ def draw_training(
         for epochs, name, colour in ((plain, "plain", GREY), (converted, method, BLUE)):
             known = [(epoch.epoch + 1, epoch.accuracy) for epoch in epochs if epoch.accuracy is not None]
             accuracy.plot(*zip(*known, strict=True), color=colour, label=name, marker="o", markersize=3)
-            loss.plot(
-                [e.epoch + 1 for e in epochs], [e.terms["task"] for e in epochs], color=colour, label=f"{name}, task"
-            )
+            task = [epoch.terms["task"] for epoch in epochs]
+            loss.plot([e.epoch + 1 for e in epochs], task, color=colour, label=f"{name}, task", marker=".")
         terms = [epoch.terms[term] for epoch in converted]
-        loss.plot([e.epoch + 1 for e in converted], terms, color=ORANGE, label=f"{method}, {label}")
+        loss.plot([e.epoch + 1 for e in converted], terms, color=ORANGE, label=f"{method}, {label}", marker=".")
         accuracy.set(title="Test accuracy", xlabel="epoch", ylim=(None, 1.0))
         loss.set(title="Training loss", xlabel="epoch", yscale="log")
         for axes in (accuracy, loss):

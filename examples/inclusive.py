@@ -40,8 +40,8 @@ from recipe import Component, RecipeError
 from subnetworks import Plan, accuracies
 from surgery import curves
 from surgery_inclusive import anytime
+from surgery_inclusive.contributions import branch_norms
 from surgery_inclusive.levels import Choice, choose_levels, worst
-from surgery_inclusive.norms_of import branch_norms
 from surgery_inclusive.series import Series
 from surgery_inclusive.taxonomy import FINEST
 from training import set_seed, train

@@ -149,6 +149,10 @@ class Rewriter:
         editor.check_order([node], *[argument for argument in node.args if isinstance(argument, fx.Node)], at=at)
         editor.stamp(node, at, role)
 
+    def protect(self, node: str, *, at: Block | None) -> None:
+        """Let nothing overwrite the value of `node`: in-place operations that would are made out-of-place."""
+        self._editor.protect(self._editor.node(node, at), at)
+
     def tap(self, node: str, name: str, *, at: Block | None) -> str:
         """Record the value of `node` in every training forward, under `name`.
 
@@ -159,7 +163,7 @@ class Rewriter:
         """
         if name in taps_of(self.network):
             raise RewriteError(f"{name}: the model already has a tap of this name; taps are unique")
-        self._editor.protect(self._editor.node(node, at), at)
+        self.protect(node, at=at)
         return self.insert(Tap(name), node, at=at, role="tap")
 
     def bypass(self, block: Block) -> None:

@@ -27,8 +27,8 @@ from exits import ExitsLoss, ShallowExits
 from recipe import Component, Recipe
 from subnetworks import Plan, accuracies
 from surgery_inclusive import subnetwork_macs
+from surgery_inclusive.contributions import branch_norms
 from surgery_inclusive.levels import choose_levels, worst
-from surgery_inclusive.norms_of import branch_norms
 from training import Criterion, Epoch, Task, evaluate, set_seed, train
 
 RECIPE = neighbours.ROOT / "examples" / "recipes" / "inclusive-glyphs.toml"

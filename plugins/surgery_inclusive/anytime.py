@@ -31,7 +31,7 @@ class Prediction:
         logits: (B, classes).
         subnetwork: Which sub-network gave it, 1 to K.
         macs: Multiply-adds of one image in that sub-network.
-        milliseconds: How long all of it took.
+        milliseconds: How long the sub-networks took that ran.
     """
 
     logits: Tensor
@@ -64,7 +64,9 @@ def anytime(model: nn.Module, images: Tensor, *, confidence: float | None = None
     network = unwrap(model)
     subnetworks = subnetworks_of(network)
     if confidence is not None and not 0 < confidence <= 1:
-        raise InvalidOption(f"anytime: found confidence={confidence!r}, expected a probability in (0, 1]")
+        raise InvalidOption(
+            f"anytime: found confidence={confidence!r}, expected a probability in (0, 1]; leave it out for all steps"
+        )
     # A function with yields would check its arguments at the first step only.
     return _predictions(_Steps(network, subnetworks), images, confidence)
 
@@ -167,13 +169,14 @@ def predict_within(
 ) -> Prediction:
     """Return the prediction of the largest sub-network that a budget has room for.
 
-    A larger budget never gives a thinner sub-network.
+    A larger budget never gives a thinner sub-network. The first call for a size of images counts the multiply-adds of
+    all sub-networks, which is no part of the budget; `subnetwork_macs` does so in advance.
 
     Args:
         model: An inclusive network, wrapped or not.
         images: (B, channels, height, width).
-        milliseconds: Time for all images. The thinnest sub-network always runs; a step is taken only if it should end
-            in time, judging by how long the ones before took for their multiply-adds.
+        milliseconds: Time for all images, at least 0. The thinnest sub-network always runs; a step is taken only if it
+            should end in time, judging by how long the ones before took for their multiply-adds.
         macs: Multiply-adds of one image.
         clock: Returns seconds.
 
@@ -183,11 +186,12 @@ def predict_within(
     """
     if (milliseconds is None) == (macs is None):
         raise InvalidOption(
-            f"predict_within: found milliseconds={milliseconds!r} and macs={macs!r}, expected exactly one of them"
+            f"predict_within: found milliseconds={milliseconds!r} and macs={macs!r}, expected exactly one of them; "
+            "leave the other out"
         )
     budget = macs if milliseconds is None else milliseconds
     if not budget >= 0:  # type: ignore[operator]
-        raise InvalidOption(f"predict_within: found a budget of {budget!r}, expected a number of at least 0")
+        raise InvalidOption(f"predict_within: found a budget of {budget!r}, expected a number of at least 0; give one")
     network, subnetworks = unwrap(model), subnetworks_of(model)
     costs = subnetwork_macs(network, (images.shape[-2], images.shape[-1]))
     timer = _Timer(clock, images.device)

@@ -103,7 +103,7 @@ class NestedAppend(nn.Module):
         parts: K, into how many parts both are divided.
 
     Shape:
-        (B, (stop - start) inputs / K, H, W) to (B, (stop - start) outputs / K, H, W).
+        (B, n inputs / K, H, W) to (B, n outputs / K, H, W), for any number n of parts.
 
     Reference: Lee & Shin (2018), appendix B, shortcut of type A; that the zeros go into each part is not in the paper,
     but needed for y_k to depend on x_1..x_k alone.

@@ -223,7 +223,7 @@ def _draw_norms(axes: Axes, norms: Mapping[str, Tensor], names: Sequence[str], *
     most = max(map(len, norms.values()))
     step = 1 if most <= 8 else -(-most // 4)
     axes.set_xticks(sorted({1, *range(step, most + 1, step)}))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * max(float(values.max()) for values in norms.values()) or 1)
     axes.tick_params(labelsize=7 if small else 9)
     axes.spines[["top", "right"]].set_visible(False)
 

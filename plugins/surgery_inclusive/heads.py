@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from surgery.taps import Tap
@@ -61,7 +62,7 @@ class Heads(nn.Linear):
         """Return the logits of the sub-network that `span` ends with, and tap those of all that it computes."""
         start, stop = span
         if self.sparse and (start or self.remembering):
-            input = self.cache.extend(input, start, stop, self.count)
+            input = torch.cat(self.cache.add(input, start, stop), dim=1)
         if self.sparse and span == (0, self.count) and (self.training or self.recording):
             width = self.in_features // self.count
             for k in range(1, self.count):

@@ -1,14 +1,13 @@
-"""Pointwise convolutions whose weight has many zero blocks, as matrix products on the CPU.
+"""Convolutions whose weight has many zero blocks, on the CPU.
 
-Output block k reads the channels c_k of the input x with the matrix W_k:
+Output block k of a triangular pointwise convolution reads the first channels x_{:k} of the input with the matrix W_k:
 
-    y_k = W_k x[c_k],        dl/dx[c_k] += W_k^T dl/dy_k,        dl/dW_k = sum_b dl/dy_k x[c_k]^T.
+    y_k = W_k x_{:k},        dl/dx_{:k} += W_k^T dl/dy_k,        dl/dW_k = sum_b dl/dy_k x_{:k}^T.
 
-For a triangular weight c_k are the first ones, for a grouped one those of the group. Every x[c_k] and y_k is a range of
-rows of one matrix for each image, so the products read and write in place, where a convolution for each block would
-copy its input and its output, and fill a whole gradient with zeros. Products with few rows are slow, since the other
-operand is rearranged anew for each; a triangular y is therefore summed up over column blocks: every x_j is read once,
-for all the rows that it goes to.
+Every x_{:k} and y_k is a range of rows of one matrix for each image, so the products read and write in place, where a
+convolution for each block would copy its input and its output, and fill a whole gradient with zeros. Products with few
+rows are slow, since the other operand is rearranged anew for each; y is therefore summed up over column blocks: every
+x_j is read once, for all the rows that it goes to.
 """
 
 from __future__ import annotations
@@ -28,10 +27,6 @@ _SMALL = 49
 """Positions up to which the maps of all images are copied into one matrix: four parts of 2048 to 1024 channels at 7 x 7
 took 0.52 of the time of the dense convolution then, and 0.65 an image at a time; half as wide at 14 x 14, 0.78 and
 0.69."""
-
-_LARGE = 512
-"""Positions from which on products are faster than a grouped convolution: forward and backward took 0.83 of its time
-for 128 to 256 channels in four groups at 56 x 56 positions, 0.95 at 28 x 28, 1.2 at 16 x 16."""
 
 _FAST = 8
 """Channels from which on oneDNN's grouped convolutions need no help; with one each they are depthwise, and fast."""
@@ -55,19 +50,29 @@ def triangular_pointwise(value: Tensor, weights: Sequence[Tensor]) -> Tensor:
     Shape:
         value (B, C, H, W), weights (D, C_k, 1, 1); returns (B, K D, H, W).
     """
-    return _blockwise(value, (0,) * len(weights), *weights)
+    return _triangular(value, *weights)
 
 
-def grouped_pointwise(value: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """Return a grouped convolution, the fastest way there is for it here.
+def pointwise_sum(parts: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """Return the convolution of several values that stand for one, side by side, without gradients.
 
     Shape:
-        value (B, C, H, W), weight (D, C / groups, 1, 1); returns (B, D, H, W).
+        parts (B, C_j, H, W), weight (D, C_1 + ... + C_J, 1, 1); returns (B, D, H, W).
     """
-    if value.shape[2] * value.shape[3] < _LARGE or not runs_here(value):
-        return F.conv2d(value, weight, groups=groups)
-    width = weight.shape[1]
-    return _blockwise(value, tuple(range(0, groups * width, width)), *weight.chunk(groups))
+    matrices = [part.flatten(2) for part in parts]
+    columns = weight.flatten(1).split([part.shape[1] for part in parts], dim=1)
+    result = parts[0].new_empty(len(parts[0]), len(weight), *parts[0].shape[2:])
+    rows = result.flatten(2)
+    size = max(1, _CHUNK_BYTES * torch.get_num_threads() // (weight.shape[1] * rows.shape[2] * rows.element_size()))
+    for start in range(0, len(rows), size):
+        out = rows[start : start + size]
+        for j, (matrix, column) in enumerate(zip(matrices, columns, strict=True)):
+            read = matrix[start : start + size]
+            if j:
+                out.baddbmm_(column.expand(len(read), *column.shape), read)
+            else:
+                torch.bmm(column.expand(len(read), *column.shape), read, out=out)
+    return result
 
 
 def paired(weight: Tensor, groups: int) -> tuple[Tensor, int]:
@@ -111,14 +116,13 @@ class _Product(NamedTuple):
     adds: bool
 
 
-class _Blockwise(torch.autograd.Function):
+class _Triangular(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, starts: tuple[int, ...], *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, *weights: Tensor) -> Tensor:
         ctx.save_for_backward(value, *weights)
-        ctx.starts, ctx.layout = starts, _layout(value)
+        ctx.layout = _layout(value)
         blocks = [weight.flatten(1) for weight in weights]
-        products = _by_columns(blocks) if starts[-1] == 0 else _by_rows(blocks, starts)
-        return _multiplied(products, value, len(blocks) * len(blocks[0]), ctx.layout)
+        return _multiplied(_by_columns(blocks), value, len(blocks) * len(blocks[0]), ctx.layout)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
@@ -129,15 +133,15 @@ class _Blockwise(torch.autograd.Function):
         blocks = [weight.flatten(1) for weight in weights]
         to_value = None
         if ctx.needs_input_grad[0]:
-            to_value = _multiplied(_pulled_back(blocks, ctx.starts), gradient, value.shape[1], ctx.layout)
+            to_value = _multiplied(_pulled_back(blocks), gradient, value.shape[1], ctx.layout)
         to_weights: list[Tensor | None] = [None] * len(weights)
-        if any(ctx.needs_input_grad[2:]):
-            found = _to_weights(gradient, value, blocks, ctx.starts, ctx.layout)
+        if any(ctx.needs_input_grad[1:]):
+            found = _to_weights(gradient, value, blocks, ctx.layout)
             to_weights = [to.view_as(weight) for to, weight in zip(found, weights, strict=True)]
-        return to_value, None, *to_weights
+        return to_value, *to_weights
 
 
-_blockwise: Callable[..., Tensor] = _Blockwise.apply
+_triangular: Callable[..., Tensor] = _Triangular.apply
 
 
 def _by_columns(blocks: list[Tensor]) -> list[_Product]:
@@ -155,21 +159,16 @@ def _by_columns(blocks: list[Tensor]) -> list[_Product]:
     return products
 
 
-def _by_rows(blocks: list[Tensor], starts: tuple[int, ...]) -> list[_Product]:
-    return [_Product(w, columns, rows, adds=False) for w, rows, columns in _ranges(blocks, starts)]
-
-
-def _pulled_back(blocks: list[Tensor], starts: tuple[int, ...]) -> list[_Product]:
-    """Return the products for the gradient of the input; of a triangular weight the last block reaches all of it."""
-    nested = starts[-1] == 0
-    found = [_Product(w.mT, rows, columns, adds=nested) for w, rows, columns in _ranges(blocks, starts)]
+def _pulled_back(blocks: list[Tensor]) -> list[_Product]:
+    """Return the products for the gradient of the input; the last block reaches all of it."""
+    found = [_Product(w.mT, rows, columns, adds=True) for w, rows, columns in _ranges(blocks)]
     return [found[-1]._replace(adds=False), *found[:-1]]
 
 
-def _ranges(blocks: list[Tensor], starts: tuple[int, ...]) -> Iterator[tuple[Tensor, _Range, _Range]]:
+def _ranges(blocks: list[Tensor]) -> Iterator[tuple[Tensor, _Range, _Range]]:
     """Yield each block with the rows that it writes and those that it reads."""
-    for k, (block, start) in enumerate(zip(blocks, starts, strict=True)):
-        yield block, _Range(k * len(block), len(block)), _Range(start, block.shape[1])
+    for k, block in enumerate(blocks):
+        yield block, _Range(k * len(block), len(block)), _Range(0, block.shape[1])
 
 
 def _multiplied(products: list[_Product], value: Tensor, channels: int, layout: _Layout) -> Tensor:
@@ -189,12 +188,10 @@ def _multiplied(products: list[_Product], value: Tensor, channels: int, layout: 
     return result
 
 
-def _to_weights(
-    gradient: Tensor, value: Tensor, blocks: list[Tensor], starts: tuple[int, ...], layout: _Layout
-) -> list[Tensor]:
+def _to_weights(gradient: Tensor, value: Tensor, blocks: list[Tensor], layout: _Layout) -> list[Tensor]:
     found = [torch.zeros_like(block) for block in blocks]
     for read, pulled in _chunks(_matrices(value, layout), _matrices(gradient, layout)):
-        for total, (_, rows, columns) in zip(found, _ranges(blocks, starts), strict=True):
+        for total, (_, rows, columns) in zip(found, _ranges(blocks), strict=True):
             total.addbmm_(pulled.narrow(1, *rows), read.narrow(1, *columns).mT)
     return found
 
@@ -202,14 +199,13 @@ def _to_weights(
 def _differentiable(ctx: Any, gradient: Tensor, value: Tensor, weights: list[Tensor]) -> tuple[Any, ...]:
     """Return the gradients as something that can be differentiated again, or batched."""
     inputs = [value, *weights]
-    needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
+    needed = list(ctx.needs_input_grad)
     wanted = [tensor for tensor, is_needed in zip(inputs, needed, strict=True) if is_needed]
     with torch.enable_grad():
-        parts = [value.narrow(1, start, w.shape[1]) for w, start in zip(weights, ctx.starts, strict=True)]
-        output = torch.cat([F.conv2d(part, w) for part, w in zip(parts, weights, strict=True)], dim=1)
+        output = torch.cat([F.conv2d(value.narrow(1, 0, w.shape[1]), w) for w in weights], dim=1)
         found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=True))
     to_value, *to_weights = [next(found) if is_needed else None for is_needed in needed]
-    return to_value, None, *to_weights
+    return to_value, *to_weights
 
 
 def _layout(value: Tensor) -> _Layout:

@@ -16,7 +16,7 @@ from surgery.errors import InvalidOption, NothingConverted
 from surgery.network import SurgeryModule
 from surgery.tracing import upstream
 
-CURE = "use a ResNeXt, MobileNetV2, ResNet or WideResNet with plain convolutions and batch norms"
+CURE = "use plain convolutions and batch norms there, as ResNeXt, MobileNetV2, ResNet and WideResNet do"
 _NORMS = (nn.BatchNorm2d, BatchNormAct2d)
 
 

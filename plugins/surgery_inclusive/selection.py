@@ -123,7 +123,10 @@ def check_subnetwork(subnetworks: Subnetworks, k: int) -> int:
         InvalidOption: If there is none.
     """
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= subnetworks.count:
-        raise InvalidOption(f"inclusive: found sub-network {k!r}, expected 1 (the thinnest) to {subnetworks.count}")
+        raise InvalidOption(
+            f"inclusive: found sub-network {k!r}, expected 1 (the thinnest) to {subnetworks.count}; "
+            "pass one of these numbers"
+        )
     return k
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
+from math import gcd
 
 import torch
 from torch import nn
 
 from surgery import Architecture, Refusal, Rewriter
-from surgery.channels import ChannelMap, Pin, Use, channel_map
-from surgery.errors import NothingConverted
+from surgery.channels import ChannelMap, Pin, channel_map
+from surgery.errors import InvalidOption, NothingConverted
 from surgery.models import AppendChannels
 from surgery_inclusive.convs import NestedAppend, SlicedConv2d
 from surgery_inclusive.norms import SharedNorm
-from surgery_inclusive.placement import CURE, check_divisible, is_plain, norm_paths, refuse_count
+from surgery_inclusive.placement import CURE, is_plain, norm_paths, refuse_count
 from surgery_inclusive.taxonomy import Taxonomy
 from surgery_inclusive.transform import Edit
 from surgery_inclusive.triangular import NestedTriangularConv2d
+
+_CURE = f"{CURE}, or try the dense form"
 
 
 def nest_sparse(architecture: Architecture, rewriter: Rewriter, count: int, *, taxonomy: Taxonomy | None) -> None:
@@ -45,7 +48,10 @@ def nest_sparse(architecture: Architecture, rewriter: Rewriter, count: int, *, t
         module = rewriter.module(use.path)
         if isinstance(module, nn.Conv2d):
             reads = use.reads is None or channels.find(use.reads) != image
-            edit.replace(use.path, _divided(module, count, reads=reads, merges=use.path in merges), "conv")
+            divided = _divided(module, count, reads=reads, merges=use.path in merges)
+            if isinstance(divided, NestedTriangularConv2d):
+                edit.protect(use.path)  # anytime prediction reads its input again
+            edit.replace(use.path, divided, "conv")
     for path, module in list(rewriter.network.named_modules()):
         if isinstance(module, AppendChannels):
             edit.rewriter.replace(path, NestedAppend(module.inputs, module.outputs, count), role="append")
@@ -77,7 +83,7 @@ def _grouped(conv: nn.Conv2d, groups: int) -> nn.Conv2d:
 
 def _check(rewriter: Rewriter, architecture: Architecture, channels: ChannelMap, count: int, head: str) -> None:
     refusals = [
-        Refusal(pin.path or "(root)", pin.reason, CURE)
+        Refusal(pin.path or "(root)", pin.reason, _CURE)
         for pin in channels.pins
         if not pin.boundary and not _is_append(rewriter, pin)
     ]
@@ -85,21 +91,31 @@ def _check(rewriter: Rewriter, architecture: Architecture, channels: ChannelMap,
         module = rewriter.module(use.path)
         plain = isinstance(module, nn.Conv2d) and is_plain(module)
         if not plain and not isinstance(module, nn.modules.batchnorm._NormBase) and use.path != head:
-            refusals.append(Refusal(use.path, f"a {type(module).__name__} reads or writes features", CURE))
+            refusals.append(Refusal(use.path, f"a {type(module).__name__} reads or writes features", _CURE))
     if refusals:
         raise NothingConverted(f"inclusive: the features of {architecture.name} cannot be divided", tuple(refusals))
-    for use in channels.uses:
-        if use.path != head:
-            _check_widths(channels, use, rewriter.module(use.path), count)
+    _check_widths(rewriter, channels, count, head)
 
 
-def _check_widths(channels: ChannelMap, use: Use, module: nn.Module, count: int) -> None:
+def _check_widths(rewriter: Rewriter, channels: ChannelMap, count: int, head: str) -> None:
+    """Refuse a number of sub-networks that some layer cannot be divided by, and say which all can be divided by."""
     image = channels.find(0)
-    for space in (use.reads, use.writes):
-        if space is not None and channels.find(space) != image:
-            check_divisible(channels.sizes[channels.find(space)], count, use.path)
-    if isinstance(module, nn.Conv2d) and module.groups > 1:
-        check_divisible(module.groups, count, use.path)
+    sizes: dict[str, int] = {}
+    for use in channels.uses:
+        spaces = [channels.find(space) for space in (use.reads, use.writes) if space is not None]
+        module = rewriter.module(use.path)
+        groups = [module.groups] if isinstance(module, nn.Conv2d) and module.groups > 1 else []
+        if use.path != head:
+            sizes[use.path] = gcd(*(channels.sizes[space] for space in spaces if space != image), *groups)
+    common = gcd(*sizes.values())
+    if common % count:
+        path, size = next((path, size) for path, size in sizes.items() if size % count)
+        allowed = ", ".join(str(n) for n in range(2, common + 1) if common % n == 0)
+        cure = f"pass subnetworks= one of {allowed}" if allowed else "nothing divides all layers: use the dense form"
+        raise InvalidOption(
+            f"inclusive: {path}: found channels or groups in multiples of {size}, expected multiples of {count}, the "
+            f"number of sub-networks; {cure}"
+        )
 
 
 def _is_append(rewriter: Rewriter, pin: Pin) -> bool:

@@ -36,6 +36,9 @@ class Pass:
 def passes(model: nn.Module) -> Iterator[Pass]:
     """Yield the sub-networks one after the other, the full one last; gradients add up to those of the anytime loss.
 
+    Meant for the dense form. In a sparse network one forward trains all sub-networks with the memory of one, and its
+    norms, which are shared, follow every pass of this loop.
+
     Run forward and backward inside of the loop and the optimizer behind it. Under DistributedDataParallel the gradients
     of all passes are averaged among processes once, in the last one.
 

@@ -53,6 +53,10 @@ class Edit:
         """Put a module that reads the span in the place of another."""
         self.rewriter.replace(path, module, self.span(path), role=role)
 
+    def protect(self, path: str) -> None:
+        """Let nothing overwrite what the module at `path` reads."""
+        self.rewriter.protect(self.rewriter.input_of(path), at=self._block(path))
+
     def norm(self, path: str, module: nn.Module) -> None:
         """Put a norm in the place of another, and behind it what that did besides."""
         old = self.rewriter.module(path)

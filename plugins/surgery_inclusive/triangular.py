@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgery.errors import InvalidOption
-from surgery_inclusive.kernels import runs_here, triangular_pointwise
+from surgery_inclusive.kernels import pointwise_sum, runs_here, triangular_pointwise
 from surgery_inclusive.prefixes import PrefixCache
 from surgery_inclusive.selection import Span
 
@@ -86,7 +86,7 @@ class TriangularConv2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the outputs of all parts."""
-        return self._outputs(input, 0, len(self.weights))
+        return self._outputs(self._read(input), 0, len(self.weights))
 
     def extra_repr(self) -> str:
         """Return the sizes, as a dense convolution shows them."""
@@ -94,25 +94,37 @@ class TriangularConv2d(nn.Module):
         return f"{sizes}, padding={self.padding}, parts={len(self.weights)}, bias={self.bias is not None}"
 
     def _outputs(self, value: Tensor, start: int, stop: int) -> Tensor:
-        """Return the outputs of the parts `start` to `stop`, for the first `stop` parts of the input."""
+        """Return the outputs of the parts `start` to `stop`, for the first `stop` parts of what `_read` returns."""
         weights = list(self.weights)[start:stop]
-        rows = len(weights[0])
-        bias = None if self.bias is None else self.bias[start * rows : stop * rows]
+        bias = self._bias(start, stop)
         if not runs_here(value) or len(value) == 1:  # the first channels of one image are contiguous: no copies
             return self._apart(value, weights, bias)
-        if self.kernel_size == (1, 1) and self.padding == (0, 0):
-            down, across = self.stride
-            read = value if self.stride == (1, 1) else value[:, :, ::down, ::across]
-            outputs = triangular_pointwise(read, weights)
+        if self._is_pointwise():
+            outputs = triangular_pointwise(value, weights)
             return outputs if bias is None else outputs + bias[:, None, None]
         # The zeros that join blocks would carry what is not finite from one part to another: only in training.
         return self._apart(value, _joined(weights) if self.training else weights, bias)
 
+    def _is_pointwise(self) -> bool:
+        return self.kernel_size == (1, 1) and self.padding == (0, 0)
+
+    def _read(self, value: Tensor) -> Tensor:
+        """Return the positions of the input that a pointwise convolution reads; all, for another."""
+        if not self._is_pointwise() or self.stride == (1, 1):
+            return value
+        down, across = self.stride
+        return value[:, :, ::down, ::across]
+
+    def _bias(self, start: int, stop: int) -> Tensor | None:
+        rows = len(self.weights[0])
+        return None if self.bias is None else self.bias[start * rows : stop * rows]
+
     def _apart(self, value: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         """Return the outputs of one convolution for each row block."""
+        stride = (1, 1) if self._is_pointwise() else self.stride
         biases = [None] * len(weights) if bias is None else bias.split([len(weight) for weight in weights])
         parts = [
-            F.conv2d(value[:, : weight.shape[1]], weight, shift, self.stride, self.padding, self.dilation)
+            F.conv2d(value[:, : weight.shape[1]], weight, shift, stride, self.padding, self.dilation)
             for weight, shift in zip(weights, biases, strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -150,9 +162,18 @@ class NestedTriangularConv2d(TriangularConv2d):
             InvalidOption: If the span does not go on where the one before stopped.
         """
         start, stop = span
-        if start or self._remembers(stop):
-            input = self.cache.extend(input, start, stop, len(self.weights))
-        return self._outputs(input, start, stop)
+        read = self._read(input)
+        if not (start or self._remembers(stop)):
+            return self._outputs(read, start, stop)
+        parts = self.cache.add(read.contiguous() if self._is_pointwise() else read, start, stop)
+        if stop - start > 1 or not self._is_summed(parts[0]):
+            return self._outputs(torch.cat(parts, dim=1), start, stop)
+        outputs, bias = pointwise_sum(parts, self.weights[start]), self._bias(start, stop)
+        return outputs if bias is None else outputs + bias[:, None, None]
+
+    def _is_summed(self, value: Tensor) -> bool:
+        """Return whether the outputs are worked out from the parts of the input one by one."""
+        return self._is_pointwise() and runs_here(value) and not torch.is_grad_enabled()
 
     def selected(self, keep: Sequence[int]) -> nn.Module:
         """Return the convolution of one sub-network by itself, 0 for the thinnest."""

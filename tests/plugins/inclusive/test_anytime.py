@@ -65,10 +65,7 @@ def state_of(model):
         torch.is_grad_enabled(),
         [module.training for module in model.modules()],
         (subnetworks.chosen, subnetworks.span, subnetworks.idle),
-        [
-            (id(module.cache), module.cache._stop, module.cache._buffer is None, module.remembering)
-            for module in readers
-        ],
+        [(id(module.cache), module.cache._stop, len(module.cache._parts), module.remembering) for module in readers],
         [module.recording for module in model.modules() if isinstance(module, surgery.Tap)],
         {name: value.clone() for name, value in model.state_dict().items()},
     )

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from surgery_inclusive import kernels
 from surgery_inclusive.convs import SlicedConv2d
-from surgery_inclusive.kernels import paired
+from surgery_inclusive.kernels import paired, pointwise_sum
 
 
 def rand(*size):
@@ -33,6 +34,17 @@ def test_only_groups_of_two_and_four_channels_are_joined_and_only_in_whole_pairs
     joined, found = paired(weight, groups)
     assert found == left
     assert (joined is weight) == (found == groups)
+
+
+@pytest.mark.parametrize("side", [3, 9])
+@pytest.mark.parametrize("limit", [1, 1 << 20])
+def test_the_sum_over_parts_is_the_convolution_of_all_of_them(side, limit, monkeypatch):
+    monkeypatch.setattr(kernels, "_CHUNK_BYTES", limit)
+    parts = [rand(3, channels, side, side) for channels in (2, 4, 1)]
+    weight = rand(5, 7, 1, 1)
+    expected = F.conv2d(torch.cat(parts, dim=1), weight)
+    torch.testing.assert_close(pointwise_sum(parts, weight), expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(pointwise_sum(parts[:1], weight[:, :2]), F.conv2d(parts[0], weight[:, :2]))
 
 
 @pytest.mark.parametrize("span", [(0, 4), (0, 2)])

@@ -12,7 +12,6 @@ from torch import nn
 
 from surgery.errors import InvalidOption
 from surgery_inclusive import kernels, triangular
-from surgery_inclusive.kernels import grouped_pointwise
 from surgery_inclusive.triangular import NestedTriangularConv2d, TriangularConv2d
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
@@ -280,18 +279,3 @@ def test_onnx_equals_eager(kernel):
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: value.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), fixed(value), rtol=1e-5, atol=1e-6)  # float32
-
-
-@pytest.mark.parametrize("groups", [1, 2, 6])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("small", [0, 1000])
-def test_grouped_pointwise_equals_the_convolution(groups, layout, small, monkeypatch):
-    monkeypatch.setattr(kernels, "_SMALL", small)
-    monkeypatch.setattr(kernels, "_LARGE", 0)
-    value, weight = draw(3, 12, 4, 5, layout=layout), draw(18, 12 // groups, 1, 1)
-    found, expected = grouped_pointwise(value, weight, groups), F.conv2d(value, weight, groups=groups)
-    torch.testing.assert_close(found, expected, **TIGHT)
-    pull = torch.randn_like(expected)
-    ours, theirs = (torch.autograd.grad(y, (value, weight), pull) for y in (found, expected))
-    torch.testing.assert_close(ours, theirs, **TIGHT)
-    assert torch.autograd.gradgradcheck(lambda v, w: grouped_pointwise(v, w, groups), (value[:2, :, :2, :2], weight))

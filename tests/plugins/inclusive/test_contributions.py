@@ -10,8 +10,8 @@ from torch import nn
 import surgery
 from surgery.errors import InvalidOption
 from surgery.testing import tiny_networks
+from surgery_inclusive.contributions import branch_norms
 from surgery_inclusive.method import Inclusive
-from surgery_inclusive.norms_of import branch_norms
 
 RESNEXT = ["layer1.0", "layer2.0", "layer3.0", "layer4.0"]
 
