@@ -43,7 +43,8 @@ def cost(result: Mapping[str, Any]) -> Iterator[str]:
         "A training step is forward, backward and SGD on random images; times relative to another network, round by "
         'round, median (quartiles). "Plain of the same MACs" is the source with as many branches as give it the '
         'multiply-adds of the sparse network. "Passes" is one forward and backward pass for each sub-network of the '
-        'dense network, "anytime" a prediction after each sub-network of the sparse one, "full" one forward of it.\n'
+        'dense network, "anytime" a prediction after each sub-network of the sparse one, "full" one forward of it, '
+        "both on images of 224 x 224 where those of training are larger than 64 x 64.\n"
     )
     for row in result["rows"]:
         yield f"{row['network']}, K = {row['subnetworks']}, {row['size']} px, {row['batch']} images:\n"
