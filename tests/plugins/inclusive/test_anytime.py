@@ -412,3 +412,28 @@ def test_predictions_take_autocast_and_half_precision(form):
     assert F.cosine_similarity(steps[0].float(), alone(model, 1, images)).min() > 0.99
     half = model.to(torch.bfloat16)
     assert [step.dtype for step in anytime(half, images.bfloat16())] == [torch.bfloat16] * K
+
+
+class Overwriting(nn.Module):
+    """A block that rectifies its input in place once its first convolution has read it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(8, 8, 1)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, groups=4)
+        self.conv3 = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        body = self.conv3(torch.relu(self.conv2(self.conv1(x))))
+        return F.relu_(x) + body
+
+
+def test_a_later_step_reads_what_was_there_before_the_block_overwrote_it():
+    torch.manual_seed(0)
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    source = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Overwriting(), *head).double().eval()
+    model = surgery.convert(source, "inclusive", input_size=8, subnetworks=4, sparse=True)
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for k, logits in enumerate(anytime(model, images), start=1):
+        with surgery_inclusive.use(model, k), torch.no_grad():
+            torch.testing.assert_close(logits, model(images), rtol=1e-10, atol=1e-12)
