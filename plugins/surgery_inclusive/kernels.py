@@ -24,9 +24,7 @@ _CHUNK_BYTES = 2 << 20
 """Of the images that one call takes, for each thread: as much as a core's second-level cache, or a little more."""
 
 _SMALL = 49
-"""Positions up to which the maps of all images are copied into one matrix: four parts of 2048 to 1024 channels at 7 x 7
-took 0.52 of the time of the dense convolution then, and 0.65 an image at a time; half as wide at 14 x 14, 0.78 and
-0.69."""
+"""Positions up to which the maps of all images are copied into one matrix, whose product is faster by more."""
 
 _FAST = 8
 """Channels from which on oneDNN's grouped convolutions need no help; with one each they are depthwise, and fast."""
@@ -78,8 +76,7 @@ def pointwise_sum(parts: Sequence[Tensor], weight: Tensor) -> Tensor:
 def paired(weight: Tensor, groups: int) -> tuple[Tensor, int]:
     """Join the groups of a convolution until each reads `_FAST` channels, with zeros between those that are joined.
 
-    oneDNN takes longer for narrow groups than for the zeros: a training step of 128 channels on 56 x 56 positions, in
-    32 groups, took 0.72 of the time in 16, and one of 256 channels on 28 x 28 in 64 groups half of it in 32.
+    oneDNN takes longer for the gradients of narrow groups than for those of the zeros.
 
     Shape:
         weight (G d, c, h, w) for G groups; returns (G d, j c, h, w) for G / j groups.

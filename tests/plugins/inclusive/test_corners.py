@@ -374,10 +374,7 @@ def test_a_recalibrated_sparse_network_has_the_statistics_of_its_prefixes():
 
 @pytest.mark.parametrize("reload", [False, True])
 def test_a_cumulative_average_of_shared_norms_goes_on_from_the_batches_before(reload):
-    """Momentum None and three batches in the source: the next one has the weight 1/4, and 1 where all is forgotten.
-
-    The count for each part begins at zero at the conversion, and is not in the state dict.
-    """
+    """Momentum None and three batches in the source: the next one has the weight 1/4, also from a state dict."""
     source = NETWORKS["resnext"]().double()
     for module in source.modules():
         if isinstance(module, nn.BatchNorm2d):
