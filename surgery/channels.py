@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from surgery.network import BlockModule, SurgeryModule
 from surgery.shapes import SIZE
+from surgery.widths import follow, follow_layer, function_name, readable
 
 _PER_CHANNEL = (nn.modules.batchnorm._NormBase,)
 _MIXING = (nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.ChannelShuffle)
@@ -94,22 +95,27 @@ class Scatter(nn.Module):
 
 @dataclass(frozen=True)
 class Use:
-    """A module with weights that are indexed by channels.
+    """A module with weights that are indexed by channels, or a parameter that a graph reads itself.
 
     Attributes:
-        path: Module path within the analysed module.
+        path: Its path within the analysed module.
         reads: Space of its input channels, or None where it has no such dimension.
         writes: Space of its output channels.
+        mixes: Whether it is a parameter, or a layer that exact pruning leaves alone.
     """
 
     path: str
     reads: int | None
     writes: int | None
+    mixes: bool = False
 
 
 @dataclass(frozen=True)
 class Link:
-    """A grouped convolution: its input and output spaces keep or lose whole groups together."""
+    """A grouped convolution: its input and output spaces keep or lose whole groups together.
+
+    So do a space and what is left of it when some of its channels are folded into one, where that is followed.
+    """
 
     reads: int
     writes: int
@@ -143,6 +149,7 @@ class ChannelMap:
         nodes: Space of the channels of each node, by (prefix, node name).
         sizes: Number of channels of each space.
         pins: What keeps spaces from changing; one space can be held in several places.
+        exact: Whether what is left of a space has to compute what it did before.
     """
 
     uses: list[Use] = field(default_factory=list)
@@ -150,6 +157,7 @@ class ChannelMap:
     nodes: dict[tuple[str, str], int] = field(default_factory=dict)
     sizes: list[int] = field(default_factory=list)
     pins: list[Pin] = field(default_factory=list)
+    exact: bool = True
     _parents: list[int] = field(default_factory=list)
 
     def find(self, space: int) -> int:
@@ -173,6 +181,15 @@ class ChannelMap:
             self._parents[second] = first
         return first
 
+    def follow(self, path: str, space: int) -> None:
+        """Let the parameter or mixing layer at `path` shrink with `space`."""
+        self.uses.append(Use(path, None, space, mixes=True))
+
+    def fold(self, space: int, size: int) -> int:
+        """Return the space of `size` channels that are left of `space` where several are folded into each."""
+        self.links.append(Link(self.new(size), space, size))
+        return self.links[-1].reads
+
     def pin(self, space: int, reason: str, path: str = "", *, boundary: bool = False) -> None:
         """Declare that `space` cannot change, because of the module at `path` if one is given."""
         self.pins.append(Pin(space, reason, path, boundary))
@@ -183,9 +200,16 @@ class ChannelMap:
         return [pin for pin in self.pins if self.find(pin.space) == root]
 
 
-def channel_map(module: SurgeryModule) -> ChannelMap:
-    """Return the coupled channels of a block, or of a whole network with all its blocks."""
-    channels = ChannelMap()
+def channel_map(module: SurgeryModule, *, exact: bool = True) -> ChannelMap:
+    """Return the coupled channels of a block, or of a whole network with all its blocks.
+
+    Args:
+        module: The block or network; its shapes are up to date.
+        exact: Whether the channels that are kept have to compute what they did before, so that what mixes channels,
+            such as a group norm, holds them. Without, for weights that are drawn or trained anew, only what is written
+            for a number of channels holds them, such as an attention with fixed heads.
+    """
+    channels = ChannelMap(exact=exact)
     first = next(iter(module.graph.nodes))
     size = first.meta[SIZE][1] if SIZE in first.meta else 0
     source = channels.new(size)
@@ -207,9 +231,13 @@ def _walk(channels: ChannelMap, module: SurgeryModule, prefix: str, source: int 
             result = spaces.get(value) if isinstance(value, fx.Node) else None
         elif node.op == "call_module":
             spaces[node] = _call(channels, module, prefix, node, spaces)
-        else:
+        elif channels.exact:
             spaces[node] = _function(channels, node, spaces)
+        else:
+            spaces[node] = follow(channels, prefix, node, spaces)
         space = spaces.get(node)
+        if not channels.exact and space is not None and channels.sizes[space] == 1:
+            spaces[node] = space = None  # one channel looks like every dimension of one entry
         if space is not None:
             channels.nodes[prefix, node.name] = space
     return result
@@ -224,6 +252,8 @@ def _call(
     source = sources[0] if sources else None
     if isinstance(module, BlockModule):
         return _walk(channels, module, f"{path}.", source)
+    if not channels.exact and isinstance(module, (nn.Conv2d, nn.Linear)):
+        source = readable(channels, module, path, source)
     if isinstance(module, nn.Conv2d) and source is not None:
         return _convolution(channels, module, path, source)
     if isinstance(module, nn.Linear) and source is not None:
@@ -236,10 +266,12 @@ def _call(
         return None
     if isinstance(module, (Select, Scatter)) and source is not None:
         return _indexed(channels, module, path, source)
+    mixes = isinstance(module, (*_MIXING, ChannelMixer))
+    if not channels.exact and not isinstance(module, (nn.ChannelShuffle, ChannelMixer)):
+        return None if source is None else follow_layer(channels, module, path, node, source)
     width = None if source is None else channels.sizes[channels.find(source)]
     # A buffer with an entry for every channel, such as the kernel of a blurring pool, would have to be cut as well.
     weights = any(True for _ in module.parameters()) or any(width in buffer.shape for buffer in module.buffers())
-    mixes = isinstance(module, (*_MIXING, ChannelMixer))
     if source is not None and not weights and not mixes and _width(node) in (None, width):
         return source
     reason = f"{path} ({type(module).__name__}) uses it in a way that cannot be cut"
@@ -280,10 +312,9 @@ def _function(channels: ChannelMap, node: fx.Node, spaces: dict[fx.Node, int | N
     known = [space for space in sources if space is not None]
     if not known:
         return None
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     sizes = {channels.sizes[channels.find(space)] for space in known}
     if (
-        name not in _BY_CHANNEL
+        function_name(node) not in _BY_CHANNEL
         or len(sizes) != 1
         or _width(node) not in (None, *sizes)
         or _reads_other_channels(node, spaces)

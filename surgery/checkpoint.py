@@ -16,7 +16,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from surgery.conversion import CONVERSION, apply_method, method_class, prepare
+from surgery.conversion import CONVERSION, INCOMPLETE, apply_method, method_class, prepare
 from surgery.errors import CheckpointError, PluginError, SurgeryError
 from surgery.history import Conversion, Operation
 from surgery.network import ConvertedNetwork
@@ -37,7 +37,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, factory: Factory | N
         factory: Builds the unconverted network, where no torchvision or timm builder does; `load` needs it again.
 
     Raises:
-        CheckpointError: If the model is not converted, or could not be rebuilt from the file.
+        CheckpointError: If the model is not converted or not whole, or could not be rebuilt from the file.
     """
     if not isinstance(model, ConvertedNetwork):
         raise CheckpointError(
@@ -45,6 +45,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, factory: Factory | N
             "torch.save(model.state_dict(), "
             "path), or unwrap it (model.module, model._orig_mod) if it is wrapped"
         )
+    if INCOMPLETE in model.meta:
+        raise CheckpointError(f"save: found {model.meta[INCOMPLETE]}")
     record = _rebuildable(model.meta[CONVERSION], factory)
     tensors, aliases = _tensors(model)
     metadata = {_RECORD: record.to_json(), _STATE: json.dumps(_state(model, aliases))}
@@ -94,7 +96,7 @@ def revert(model: nn.Module, factory: Factory | None = None) -> nn.Module:
             found = "nothing" if key not in weights else f"shape {tuple(weights[key].shape)}"
             raise SurgeryError(
                 f"{key}: the source has shape {tuple(value.shape)}, the converted network {found}; it cannot be "
-                "reverted"
+                "reverted: keep the original, which conversion left untouched"
             )
     source.load_state_dict({key: weights[key].clone() for key in source.state_dict()}, assign=True)
     return source.train(model.training)

@@ -197,4 +197,6 @@ def _summary(network: ConvertedNetwork) -> str:
     architecture: Architecture = network.meta[ARCHITECTURE]
     operation = network.meta[CONVERSION].operations[-1]
     changed = {site.block for site in operation.sites if site.block}
+    if not architecture.blocks:
+        return f"{operation.method} changed {len(changed)} blocks"
     return f"{operation.method} changed {len(changed)} of {len(architecture.blocks)} blocks"

@@ -20,6 +20,7 @@ from surgery.errors import (
     PluginError,
     SurgeryError,
     TransformFailed,
+    UnsupportedModel,
 )
 from surgery.history import Conversion, Operation
 from surgery.method import Method
@@ -32,6 +33,8 @@ CONVERSION = "conversion"
 ARCHITECTURE = "architecture"
 METHODS = "methods"
 """Key in `network.meta`: the methods themselves, so that one defined in a script works without being installed."""
+INCOMPLETE = "incomplete"
+"""Key in `network.meta` of a network without some of its weights: what it lacks and what to do; it is not saved."""
 _COMMA = re.compile(r",(?![^\[]*\])(?![^{]*\})")  # but not within a list or a table
 _SPEC = re.compile(r"^(?P<name>[\w-]+)(?:\{(?P<options>.*)\})?$")
 
@@ -150,6 +153,8 @@ def _value(text: str) -> Any:
 def prepare(model: nn.Module, method: Method, input_size: int | tuple[int, int] | None) -> ConvertedNetwork:
     """Return a copy of `model` as a network of blocks, not yet edited, with the record started."""
     if isinstance(model, ConvertedNetwork):
+        if INCOMPLETE in model.meta:
+            raise UnsupportedModel(f"convert: found {model.meta[INCOMPLETE]}")
         _refuse_stacking(model, method)
         return copy.deepcopy(model)
     architecture, nested = analyze(model, input_size)

@@ -107,11 +107,11 @@ def keep_classes(editor: Editor, classes: Sequence[int]) -> None:
         editor.stamp(node, None, "classes")
 
 
-def scale(editor: Editor, widths: Mapping[str, int | Sequence[int]]) -> None:
+def scale(editor: Editor, widths: Mapping[str, int | Sequence[int]], *, exact: bool = True) -> None:
     """Set the output channels of convolutions throughout the network, see `Rewriter.scale`."""
     editor.describe(None)
     editor.touch(None)
-    for path in cut_widths(editor.network, widths):
+    for path in cut_widths(editor.network, widths, exact=exact):
         editor.touch(editor.block_of(path))
     for path in widths:
         editor.record(editor.block_of(path), "scale", path)

@@ -149,9 +149,17 @@ class Method(ABC):
                     f"{cls.name}: unknown option {name!r}; its options are {', '.join(fields) or 'none'}"
                 )
             if not _fits(value, hints[name]):
+                expected = _expected(str(fields[name].type), hints[name])
                 raise InvalidOption(
-                    f"{cls.name}: option {name!r} is {value!r} ({type(value).__name__}), expected {fields[name].type}"
+                    f"{cls.name}: option {name!r} is {value!r} ({type(value).__name__}), expected {expected}"
                 )
+
+
+def _expected(written: str, hint: Any) -> str:
+    """Return an annotation as it is written, or the choices that its name stands for."""
+    if typing.get_origin(hint) is Literal and "Literal" not in written:
+        return f"one of {', '.join(map(repr, typing.get_args(hint)))}"
+    return written
 
 
 def _fits(value: object, hint: Any) -> bool:

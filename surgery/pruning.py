@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import nn
 
-from surgery.conversion import ARCHITECTURE, CONVERSION, METHODS
+from surgery.conversion import ARCHITECTURE, CONVERSION, INCOMPLETE, METHODS
 from surgery.errors import InvalidOption, PruneError
 from surgery.figures import Figures, figures
 from surgery.history import Conversion, Operation
@@ -232,6 +232,8 @@ def _converted(model: nn.Module) -> ConvertedNetwork:
         raise PruneError(
             f"{type(model).__name__} is not a converted network; call surgery.convert(model, method) first"
         )
+    if INCOMPLETE in model.meta:
+        raise PruneError(f"prune: found {model.meta[INCOMPLETE]}")
     record: Conversion = model.meta[CONVERSION]
     if any(operation.kind == "prune" for operation in record.operations):
         raise PruneError("the network is pruned already; plan and prune the converted network it came from")

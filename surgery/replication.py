@@ -17,6 +17,11 @@ from surgery.shapes import hollow
 from surgery.slicing import Selectable
 from surgery.taps import taps_of
 
+_ALONE = (
+    "one of the copies of a replicated network, expected the whole one; let surgery.prune cut it out and use what that "
+    "returns"
+)
+
 
 def replicate(editor: Editor, copies: int, join: nn.Module, split: nn.Module | None) -> None:
     """Run copies of the whole network side by side, see `Rewriter.replicate`."""
@@ -29,7 +34,8 @@ def replicate(editor: Editor, copies: int, join: nn.Module, split: nn.Module | N
     editor.touch(None)  # its shapes are copied below
     editor.settle()
     single = ConvertedNetwork.assemble(_shell(network), copy.deepcopy(network.graph))
-    members = nn.ModuleList([copy.deepcopy(single) for _ in range(copies)])
+    single.meta = {**network.meta, "architecture": editor.architecture, "methods": (), "incomplete": _ALONE}
+    members = nn.ModuleList([copy.deepcopy(single) for _ in range(copies)]).train(network.training)
     for tensors in ("_modules", "_parameters", "_buffers"):
         network.__dict__[tensors] = {}
     network.members = members

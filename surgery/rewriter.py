@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import fx, nn
 
-from surgery import cutting, replication
+from surgery import cutting, drops, replication
 from surgery.architecture import Architecture, Block
 from surgery.editing import Editor, hand_over_hooks
 from surgery.errors import RewriteError
@@ -52,6 +52,11 @@ class Rewriter:
     def sites(self) -> list[Site]:
         """The edits so far, in order."""
         return self._editor.sites
+
+    @property
+    def replays(self) -> bool:
+        """Whether an earlier run is repeated: its weights follow, so none need be drawn or worked out."""
+        return self._replayed is not None
 
     def module(self, path: str) -> nn.Module:
         """Return the module at `path` of the network."""
@@ -248,18 +253,24 @@ class Rewriter:
         """
         cutting.keep_classes(self._editor, classes)
 
-    def scale(self, widths: Mapping[str, int | Sequence[int]]) -> None:
+    def scale(self, widths: Mapping[str, int | Sequence[int]], *, exact: bool = True) -> None:
         """Set the output channels of convolutions, with everything in the network that is coupled to them.
 
         Args:
             widths: Convolution path -> number of channels, of which the first are kept, or the indices of those to
                 keep. Convolutions that feed the same addition, and everything that reads them, change together, so
                 naming one of each group is enough.
+            exact: Whether the channels that are kept have to compute what they did before: see
+                `surgery.channels.channel_map`.
 
         Raises:
             RewriteError: If two coupled convolutions are given different widths, or a group cannot change.
         """
-        cutting.scale(self._editor, widths)
+        cutting.scale(self._editor, widths, exact=exact)
+
+    def scale_drop_rates(self, factor: float) -> None:
+        """Multiply the rates of all dropout, stochastic depth and DropBlock in the network by `factor`, at most 1."""
+        drops.scale_drop_rates(self._editor, factor)
 
     def replicate(self, copies: int, join: nn.Module, split: nn.Module | None = None) -> None:
         """Run `copies` independent copies of the whole network side by side and join their outputs.

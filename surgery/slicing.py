@@ -15,6 +15,7 @@ from surgery.architecture import Block
 from surgery.channels import ChannelMap, ChannelReader, PerChannel, Scatter, Select, Use, channel_map
 from surgery.errors import RewriteError
 from surgery.network import ConvertedNetwork, SurgeryModule
+from surgery.widths import cut_followed
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -121,8 +122,15 @@ def _entering_merge(owner: SurgeryModule, block: Block) -> tuple[ChannelMap, int
     return channels, channels.nodes["", source]
 
 
-def cut_widths(network: ConvertedNetwork, widths: Mapping[str, int | Sequence[int]]) -> list[str]:
+def cut_widths(
+    network: ConvertedNetwork, widths: Mapping[str, int | Sequence[int]], *, exact: bool = True
+) -> list[str]:
     """Cut the outputs of the named convolutions to these channels, or their first ones, with everything coupled.
+
+    Args:
+        network: Changed in place.
+        widths: Convolution path -> number of channels, or indices.
+        exact: See `channel_map`.
 
     Returns:
         Paths of the modules that were sliced.
@@ -130,7 +138,7 @@ def cut_widths(network: ConvertedNetwork, widths: Mapping[str, int | Sequence[in
     Raises:
         RewriteError: If a path is no convolution, a group is pinned, or coupled convolutions get different widths.
     """
-    channels = channel_map(network)
+    channels = channel_map(network, exact=exact)
     written = {use.path: channels.find(use.writes) for use in channels.uses if use.writes is not None}
     keep: dict[int, Tensor] = {}
     for path, width in widths.items():
@@ -214,7 +222,10 @@ def _slice_use(owner: SurgeryModule, channels: ChannelMap, use: Use, kept: Mappi
     writes = kept.get(channels.find(use.writes)) if use.writes is not None else None
     if reads is None and writes is None:
         return False
-    owner.set_submodule(use.path, slice_module(owner.get_submodule(use.path), reads, writes))
+    if use.mixes and use.writes is not None and writes is not None:
+        cut_followed(owner, use.path, channels.sizes[channels.find(use.writes)], writes)
+    else:
+        owner.set_submodule(use.path, slice_module(owner.get_submodule(use.path), reads, writes))
     return True
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import timm
 import torch
 import torchvision
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from surgery.architecture import Architecture
 from surgery.errors import CheckpointError
@@ -72,7 +73,7 @@ def rebuild(source: Source, factory: Factory | None = None) -> nn.Module:
             return _checked(factory(), source)
         builder = source.builder if source.builder else find_builder(source)
         if builder:
-            return _checked(_build(builder, source), source)
+            return _checked(build(builder, source), source)
     raise CheckpointError(
         f"no torchvision or timm builder makes this {source.class_name}; pass factory=, a function without arguments "
         "that builds the unconverted network"
@@ -85,6 +86,23 @@ def find_builder(source: Source) -> str:
         return next(
             (name for name in _candidates(source) if fingerprint(_hollow(name, source)) == source.fingerprint), ""
         )
+
+
+def closest_builder(source: Source, names: Collection[str]) -> str:
+    """Return the torchvision builder of a network of the same class that shares most parameter names with it.
+
+    Args:
+        source: What is known of the network; one whose class torchvision does not have has no builder.
+        names: Names of its parameters.
+    """
+    wanted = frozenset(names)
+
+    def common(name: str) -> tuple[int, int]:
+        made = {parameter for parameter, _ in _hollow(name, source).named_parameters()}
+        return len(made & wanted), -len(made)
+
+    with torch.random.fork_rng(devices=[]):
+        return max(_candidates(source), key=common, default="")
 
 
 def _checked(model: nn.Module, source: Source) -> nn.Module:
@@ -110,13 +128,28 @@ def _candidates(source: Source) -> Iterator[str]:
 def _hollow(name: str, source: Source) -> nn.Module:
     """Build a candidate without data where its initialisers allow that."""
     try:
-        with torch.device("meta"):
-            return _build(name, source)
+        with _Hollow():
+            return build(name, source)
     except (NotImplementedError, RuntimeError):  # an initialiser that reads a value
-        return _build(name, source)
+        return build(name, source)
 
 
-def _build(builder: str, source: Source) -> nn.Module:
+class _Hollow(TorchFunctionMode):
+    """Let layers be made without data, but not the few numbers that a builder computes with tensors."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        return func(*args, **({**named, "device": "meta"} if func is torch.empty else named))
+
+
+def build(builder: str, source: Source) -> nn.Module:
+    """Return what a builder makes for as many classes and channels; the network may differ from the source's.
+
+    Raises:
+        CheckpointError: If the installed torchvision and timm do not have that builder.
+    """
     library, _, name = builder.partition(":")
     classes: dict[str, Any] = {} if source.classes is None else {"num_classes": source.classes}
     if library == "timm" and timm.is_model(name):

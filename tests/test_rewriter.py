@@ -106,6 +106,11 @@ def test_a_decision_is_made_once_and_read_back_on_replay(source):
     assert len(made) == 1
 
 
+def test_only_a_replay_says_that_it_is_one(source):
+    assert not Rewriter(rebuilt(source), "toy").replays
+    assert Rewriter(rebuilt(source), "toy", {}).replays
+
+
 def test_a_key_is_decided_once(rewriter):
     rewriter.decide("order", lambda: 1)
     with pytest.raises(RewriteError, match="toy: the decision 'order' is made twice"):
@@ -593,6 +598,13 @@ def test_equal_copies_joined_by_their_mean_are_the_network(source, rewriter, x):
     assert inspect(network).params == 4 * inspect(source).params
     assert inspect(network).macs == 4 * inspect(source).macs
     torch.testing.assert_close(copy.deepcopy(network)(x), source(x), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_copies_are_in_the_mode_of_the_source(source, training):
+    rewriter = Rewriter(rebuilt(source.train(training)), "toy")
+    rewriter.replicate(2, Join())
+    assert {module.training for module in rewriter.finish().modules()} == {training}
 
 
 def test_copies_have_their_own_weights(source, rewriter, x):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from torch import Tensor, nn
+from torchvision.ops import SqueezeExcitation
 
 from surgery.models.layout import ShortcutKind
 
@@ -43,12 +44,31 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """Add a 1x1, a grouped 3x3 and a 1x1 convolution to the shortcut.
 
+    Args:
+        inputs: Channels that come in.
+        hidden: Channels of the 3x3 convolution.
+        outputs: Channels that go out.
+        groups: Groups of the 3x3 convolution.
+        stride: Stride of the 3x3 convolution.
+        shortcut: See `projection`.
+        squeeze: Channels inside the squeeze-excite that scales the body; None leaves it out.
+
     Shape:
         (N, inputs, H, W) to (N, outputs, H / stride, W / stride), rounded up.
     """
 
+    se: SqueezeExcitation | None
+
     def __init__(
-        self, inputs: int, hidden: int, outputs: int, *, groups: int, stride: int, shortcut: ShortcutKind
+        self,
+        inputs: int,
+        hidden: int,
+        outputs: int,
+        *,
+        groups: int,
+        stride: int,
+        shortcut: ShortcutKind,
+        squeeze: int | None = None,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, hidden, 1, bias=False)
@@ -59,12 +79,14 @@ class Bottleneck(nn.Module):
         self.act2 = nn.ReLU(inplace=True)
         self.conv3 = nn.Conv2d(hidden, outputs, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outputs)
+        # An attribute that is None would count as a setting and change the fingerprint that older checkpoints hold.
+        self.register_module("se", None if squeeze is None else SqueezeExcitation(outputs, squeeze))
         self.downsample = projection(inputs, outputs, stride=stride, kind=shortcut)
         self.act3 = nn.ReLU(inplace=True)
 
     @property
     def last_norm(self) -> nn.BatchNorm2d:
-        """The normalization right before the addition."""
+        """The normalization behind the last convolution."""
         return self.bn3
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,6 +95,7 @@ class Bottleneck(nn.Module):
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.act2(self.bn2(self.conv2(x)))
         x = self.bn3(self.conv3(x))
+        x = x if self.se is None else self.se(x)
         joined: Tensor = self.act3(x + shortcut)
         return joined
 

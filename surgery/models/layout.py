@@ -31,6 +31,8 @@ class Layout:
         shortcut: How a stride-2 shortcut shrinks: `pool` averages 2x2 before its 1x1 convolution, `stride` lets the
             1x1 convolution skip pixels.
         classifier_bias: Whether the last linear layer has a bias.
+        reduction: Squeeze-excite at the end of the body of bottlenecks, with this many times fewer channels inside;
+            None leaves it out.
     """
 
     block: BlockKind
@@ -41,6 +43,7 @@ class Layout:
     groups: int = 1
     shortcut: ShortcutKind = "pool"
     classifier_bias: bool = True
+    reduction: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse widths that no network can have."""
@@ -57,6 +60,11 @@ class Layout:
             raise InvalidOption(
                 f"layout: found hidden={self.hidden}, output={self.output}, groups={self.groups} for basic blocks, "
                 "expected equal widths and one group; use block='bottleneck'"
+            )
+        if self.reduction is not None and not (self.block == "bottleneck" and 1 <= self.reduction <= self.output):
+            raise InvalidOption(
+                f"layout: found reduction={self.reduction} for {self.block} blocks of {self.output} channels, expected "
+                "1 to that many, in bottlenecks; choose 4 or 16, or None for no squeeze-excite"
             )
 
 
@@ -110,17 +118,17 @@ def wide_resnet(depth: int, width: int) -> Layout:
     return Layout(block="basic", blocks=blocks, stem=16, hidden=16 * width, output=16 * width)
 
 
-def resnet(depth: int, *, base: int = 16) -> Layout:
-    """Describe a ResNet of bottleneck blocks, `base` channels wide in the stem.
+def resnet(depth: int, *, base: int = 16, reduction: int | None = None) -> Layout:
+    """Describe a ResNet of bottleneck blocks, `base` channels wide in the stem; with `reduction`, an SE-ResNet.
 
     Raises:
-        InvalidOption: If `depth - 2` is not a multiple of 9, or `base` is below 1.
+        InvalidOption: If `depth - 2` is not a multiple of 9, `base` is below 1, or `reduction` is not in 1 to 4 * base.
 
     Reference:
         He et al., 2016, in the CIFAR form of Zhao et al., 2022, table 2: 110 layers are 12 blocks a stage.
     """
     blocks = blocks_per_stage(depth, extra=2, layers=9)
-    return Layout(block="bottleneck", blocks=blocks, stem=base, hidden=base, output=4 * base)
+    return Layout(block="bottleneck", blocks=blocks, stem=base, hidden=base, output=4 * base, reduction=reduction)
 
 
 def blocks_per_stage(depth: int, *, extra: int, layers: int) -> int:

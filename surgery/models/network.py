@@ -49,7 +49,8 @@ class CifarResNet(nn.Module):
         self.layer3 = _stage(cfg, 2)
         self.head_drop = nn.Dropout(drop_rate)
         self._set_classifier(num_classes, global_pool)
-        self._init_weights(zero_init_last=zero_init_last)
+        init_residual(self, zero_init_last=zero_init_last)
+        init_classifier(self.fc)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits."""
@@ -96,13 +97,14 @@ class CifarResNet(nn.Module):
         bias = self.layout.classifier_bias
         self.fc = new_classifier(self.head_hidden_size, num_classes, bias=bias, like=self.conv1.weight)
 
-    def _init_weights(self, *, zero_init_last: bool) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif zero_init_last and isinstance(module, BasicBlock | Bottleneck):
-                nn.init.zeros_(module.last_norm.weight)
-        init_classifier(self.fc)
+
+def init_residual(network: nn.Module, *, zero_init_last: bool) -> None:
+    """Draw the convolutions of a fresh network after He et al. and, if wanted, start its blocks as their shortcuts."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif zero_init_last and isinstance(module, BasicBlock | Bottleneck):
+            nn.init.zeros_(module.last_norm.weight)
 
 
 def new_classifier(inputs: int, classes: int, *, bias: bool, like: Tensor) -> nn.Module:
@@ -136,4 +138,5 @@ def _block(cfg: Layout, index: int, inputs: int, *, stride: int) -> nn.Module:
     hidden, outputs = cfg.hidden << index, cfg.output << index
     if cfg.block == "basic":
         return BasicBlock(inputs, outputs, stride=stride, shortcut=cfg.shortcut)
-    return Bottleneck(inputs, hidden, outputs, groups=cfg.groups, stride=stride, shortcut=cfg.shortcut)
+    squeeze = None if cfg.reduction is None else outputs // cfg.reduction
+    return Bottleneck(inputs, hidden, outputs, groups=cfg.groups, stride=stride, shortcut=cfg.shortcut, squeeze=squeeze)

@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 
 from surgery.errors import InvalidOption
-from surgery.models import LAYOUTS, CifarResNet, Layout, resnet, resnext, wide_resnet
+from surgery.models import LAYOUTS, CifarResNet, DeepLayout, Layout, resnet, resnext, wide_resnet
 
 TINY = {
     "resnext, pooled shortcut": resnext(4, 2, depth=11, base=4),
@@ -15,6 +15,7 @@ TINY = {
     ),
     "wide resnet": wide_resnet(10, 1),
     "resnet": resnet(20, base=4),
+    "squeeze-excite resnet": resnet(20, base=4, reduction=4),
 }
 
 
@@ -41,7 +42,8 @@ def test_registered_networks_classify_images_of_their_default_size(name):
         model = timm.create_model(name)
         images = torch.empty(2, *model.pretrained_cfg["input_size"])
     assert model.layout == LAYOUTS[name]
-    classes, side = (1000, 7) if name == "preresnext62_40x4d" else (10, 8)
+    large = name == "preresnext62_40x4d" or isinstance(model.layout, DeepLayout)
+    classes, side = (1000, 7) if large else (10, 8)
     assert model(images).shape == (2, classes)
     assert model.forward_features(images).shape == (2, model.num_features, side, side)
 
@@ -88,6 +90,26 @@ def test_blocks_start_as_their_shortcut_unless_told_otherwise(layout):
     for zeroed in (True, False):
         block = CifarResNet(layout, zero_init_last=zeroed).layer2[0]
         assert torch.equal(block(features), block.downsample(features).relu()) is zeroed
+
+
+def test_squeeze_excite_scales_the_body_by_its_pooled_channels():
+    """Of 16 channels four are left inside: body * sigmoid(W2 relu(W1 mean(body) + b1) + b2), then the shortcut."""
+    block = shaken(TINY["squeeze-excite resnet"]).eval().layer1[1]
+    assert block.se.fc1.weight.shape == (4, 16, 1, 1)
+    x = torch.randn(2, 16, 8, 8, dtype=torch.float64)
+    body = block.act1(block.bn1(block.conv1(x)))
+    body = block.bn3(block.conv3(block.act2(block.bn2(block.conv2(body)))))
+    inside = body.mean(dim=(2, 3)) @ block.se.fc1.weight[:, :, 0, 0].T + block.se.fc1.bias
+    outside = inside.clamp(min=0) @ block.se.fc2.weight[:, :, 0, 0].T + block.se.fc2.bias
+    scale = 1 / (1 + torch.exp(-outside))
+    torch.testing.assert_close(block(x), (x + body * scale[..., None, None]).clamp(min=0), rtol=1e-10, atol=1e-12)
+
+
+def test_blocks_without_squeeze_excite_have_neither_its_weights_nor_a_setting():
+    block = CifarResNet(TINY["resnet"]).layer1[0]
+    assert block.se is None
+    assert "se" not in vars(block)
+    assert not any(".se." in key for key in block.state_dict())
 
 
 @pytest.mark.parametrize("layout", TINY.values(), ids=TINY)
@@ -193,6 +215,9 @@ def test_pretrained_weights_are_refused_by_name():
         (lambda: resnext(0, 4), "hidden=0, expected at least 1"),
         (lambda: Layout("bottleneck", 1, 8, 10, 32, groups=4), "hidden=10 with groups=4"),
         (lambda: Layout("basic", 1, 8, 16, 32), "hidden=16, output=32, groups=1 for basic blocks"),
+        (lambda: Layout("basic", 1, 8, 16, 16, reduction=4), "reduction=4 for basic blocks of 16 channels"),
+        (lambda: resnet(20, base=4, reduction=17), "reduction=17 for bottleneck blocks of 16 channels"),
+        (lambda: resnet(20, reduction=0), "reduction=0 for bottleneck blocks of 64 channels, expected 1 to that many"),
     ],
 )
 def test_impossible_layouts_are_refused(describe, message):

@@ -1,44 +1,16 @@
 """Published sizes and costs. "Zhao" is Zhao et al., 2022, "Divide and Co-training"; the counts are exact."""
 
-from collections.abc import Callable
-
 import pytest
 import timm
 import torch
-from torch import nn
 
-from surgery.models import LAYOUTS, CifarResNet, Layout, resnet, resnext, wide_resnet
+from surgery.models import LAYOUTS, CifarResNet, DeepResNet, Layout, deep_resnet, resnet, resnext, wide_resnet
+from tests.models.operations import operations, parameters
 
 
 def count(layout: Layout, classes: int) -> int:
     with torch.device("meta"):
-        model = CifarResNet(layout, num_classes=classes)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def operations(model: nn.Module, size: int = 32) -> int:
-    """Count as Zhao: MACs of convolutions and classifier, 2 an element normalized, 1 an output of a pooled shortcut.
-
-    The global pooling counts an addition for every input and a division for every output.
-    """
-    rules: dict[type[nn.Module], Callable[..., int]] = {
-        nn.Conv2d: lambda m, x, y: y.numel() * m.weight[0].numel(),
-        nn.BatchNorm2d: lambda m, x, y: 2 * x.numel(),
-        nn.Linear: lambda m, x, y: m.in_features * m.out_features,
-        nn.AvgPool2d: lambda m, x, y: y.numel(),
-        nn.AdaptiveAvgPool2d: lambda m, x, y: x.numel() + y.numel(),
-    }
-    total = 0
-
-    def add(module, inputs, output):
-        nonlocal total
-        total += rules[type(module)](module, inputs[0], output)
-
-    for module in model.modules():
-        if type(module) in rules:
-            module.register_forward_hook(add)
-    model.eval()(torch.empty(1, 3, size, size, device="meta"))
-    return total
+        return parameters(CifarResNet(layout, num_classes=classes))
 
 
 @pytest.mark.parametrize(
@@ -48,6 +20,8 @@ def operations(model: nn.Module, size: int = 32) -> int:
         (resnet(110, base=12), 100, 2, 1_333_472),  # Zhao, table 2, S = 2: 1.33 M
         (resnet(110, base=8), 100, 4, 1_214_256),  # Zhao, table 2, S = 4: 1.21 M
         (resnet(164), 100, 1, 1_727_284),  # Zhao, table 2: 1.73 M
+        (resnet(110, reduction=4), 100, 1, 1_693_684),  # Zhao, table 2: 1.69 M
+        (resnet(164, reduction=4), 100, 1, 2_511_508),  # Zhao, table 2: 2.51 M
         (wide_resnet(16, 8), 100, 1, 11_009_332),  # Zhao, table 2: 11.0 M
         (wide_resnet(16, 6), 100, 2, 12_416_232),  # Zhao, table 2, S = 2: 12.4 M
         (wide_resnet(16, 4), 100, 4, 11_091_664),  # Zhao, table 2, S = 4: 11.1 M
@@ -77,12 +51,16 @@ def test_parameters_are_the_published_ones(layout, classes, networks, published)
         ("wrn_16_8", 100, 11_009_332),
         ("wrn_28_10", 100, 36_539_124),
         ("resnet110", 100, 1_170_868),
+        ("seresnet110", 100, 1_693_684),
+        ("resnet50_deep", 1000, 25_680_808),
+        ("wrn_50_3", 1000, 134_975_912),
+        ("resnext101_64x4d_deep", 1000, 83_591_336),
     ],
 )
 def test_registered_networks_have_the_published_parameters(name, classes, published):
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=classes)
-    assert sum(parameter.numel() for parameter in model.parameters()) == published
+    assert parameters(model) == published
 
 
 def test_a_normalization_of_its_own_for_every_path_gives_the_third_published_count():
@@ -100,6 +78,9 @@ def test_a_normalization_of_its_own_for_every_path_gives_the_third_published_cou
         (resnet(110), 100, 1, 171_959_552),  # Zhao, table 2: 0.17 G
         (resnet(110, base=12), 100, 2, 195_319_680),  # Zhao, table 2, S = 2: 0.20 G
         (resnet(110, base=8), 100, 4, 176_933_376),  # Zhao, table 2, S = 4: 0.18 G
+        (resnet(110, reduction=4), 100, 1, 173_864_000),  # Zhao, table 2: 0.17 G
+        (resnet(110, base=12, reduction=4), 100, 2, 197_982_816),  # Zhao, table 2, S = 2: 0.20 G
+        (resnet(110, base=8, reduction=4), 100, 4, 180_226_176),  # Zhao, table 2, S = 4: 0.18 G
         (wide_resnet(16, 8), 100, 1, 1_550_600_704),  # Zhao, table 2: 1.55 G
         (wide_resnet(16, 6), 100, 2, 1_753_616_128),  # Zhao, table 2, S = 2: 1.75 G
         (wide_resnet(16, 4), 100, 4, 1_575_425_024),  # Zhao, table 2, S = 4: 1.58 G
@@ -117,3 +98,31 @@ def test_operations_are_the_published_ones(layout, classes, networks, published)
     with torch.device("meta"):
         model = CifarResNet(layout, num_classes=classes)
     assert networks * operations(model) == published
+
+
+@pytest.mark.parametrize(
+    ("layout", "networks", "size", "operation_count"),
+    [
+        (deep_resnet(50), 1, 25_680_808, 5_471_836_160),  # Zhao: 25.7 M, 5.5 G
+        (deep_resnet(50, width=128), 1, 69_011_112, 12_800_091_136),  # Zhao, table 4: 12.8 G
+        (deep_resnet(50, width=64), 2, 51_361_616, 10_943_672_320),  # Zhao, table 4, WRN-50-2, S = 2: 51.4 M, 10.9 G
+        (deep_resnet(50, width=192), 1, 134_975_912, 23_827_722_240),  # Zhao, table 4: 135.0 M, 23.8 G
+        (deep_resnet(101, width=4, groups=64), 1, 83_591_336, 16_921_648_128),  # Zhao, table 4: 83.6 M, 16.9 G
+        (deep_resnet(101, width=4, groups=32), 2, 88_611_152, 18_771_429_376),  # Zhao, table 4, S = 2: 88.6 M, 18.8 G
+    ],
+)
+def test_sizes_and_operations_for_imagenet_are_the_published_ones(layout, networks, size, operation_count):
+    with torch.device("meta"):
+        model = DeepResNet(layout)
+    assert networks * parameters(model) == size
+    assert networks * operations(model, 224) == operation_count
+
+
+def test_squeeze_excite_for_imagenet_has_the_printed_size_with_a_stem_that_stays_narrow():
+    """Zhao, table 4, SE-ResNeXt-101 64x4d, S = 2 at 416 pixels: 98.0 M, 61.1 G; a stem that widens gives 98.2, 64.8."""
+    printed = []
+    for stem in ((64, 64, 64), (64, 64, 128)):
+        with torch.device("meta"):
+            model = DeepResNet(deep_resnet(101, width=4, groups=32, stem=stem, reduction=16))
+        printed.append(f"{2 * parameters(model) / 1e6:.1f} M, {2 * operations(model, 416) / 1e9:.1f} G")
+    assert printed == ["98.0 M, 61.1 G", "98.2 M, 64.8 G"]
