@@ -8,14 +8,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 
 from splits import Split
+from warps import seeded
 
 
 def derive_seed(*parts: int | str) -> int:
     """Hash `parts` into a seed of 63 bits; neighbouring parts give unrelated seeds."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How the images of a batch are mixed with each other, and their labels with them.
+
+    Attributes:
+        alpha: Of the beta distribution that the coefficient of a batch is drawn from.
+        classes: How many there are.
+
+    Reference: Zhang et al. 2018. The partner of a sample is its neighbour in the batch, which is shuffled.
+    """
+
+    alpha: float
+    classes: int
+
+    def __call__(self, images: Tensor, targets: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Return mixed images and probabilities (B, classes); views side by side on channels are mixed alike."""
+        with seeded(seed):
+            mixed, labels = v2.MixUp(alpha=self.alpha, num_classes=self.classes)(images, targets)
+        return mixed, labels
 
 
 class Batches(Dataset[tuple[Tensor, Tensor]]):
@@ -28,6 +51,7 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
         augment: Whether the split augments.
         drop_last: Whether an incomplete last batch of an epoch is left out.
         rank, world: This process takes every `world`-th sample of a batch, from `rank` on.
+        mixing: What is done to the batch behind its augmentation.
     """
 
     def __init__(
@@ -40,21 +64,25 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
         drop_last: bool = False,
         rank: int = 0,
         world: int = 1,
+        mixing: Mixing | None = None,
     ) -> None:
         """Store the arguments; nothing is read yet."""
         if len(split) < batch_size and drop_last:
             raise ValueError(f"batches: {len(split)} samples do not fill a batch of {batch_size}; lower batch_size.")
         self.split, self.batch_size, self.seed, self.augment = split, batch_size, seed, augment
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.mixing = rank, world, mixing
         full, rest = divmod(len(split), batch_size)
         self.per_epoch = full if drop_last or not rest else full + 1
         self._shuffled: tuple[int, Tensor] | None = None
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return images and class indices of a step, counted from the start of the run."""
+        """Return images and class indices of a step, counted from the start of the run; if mixed, probabilities."""
         indices = self.indices(step)
         seed = derive_seed("augment", self.seed, step, self.rank) if self.augment else None
-        return self.split.batch(indices, seed), self.split.targets[indices]
+        images, targets = self.split.batch(indices, seed), self.split.targets[indices]
+        if self.mixing is None:
+            return images, targets
+        return self.mixing(images, targets, derive_seed("mixup", self.seed, step, self.rank))
 
     def indices(self, step: int) -> Tensor:
         """Return the indices of the samples of a step."""

@@ -18,10 +18,11 @@ from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision import datasets
+from torchvision.transforms import v2
 
 import glyphs as drawing
 from splits import FolderSplit, MemorySplit, Split, Triple, statistics
-from warps import Augment, crop_flip_randaugment, shift_and_rotate
+from warps import Augment, crop_flip_randaugment, shift_and_rotate, square_erasing
 
 
 class DataNotFound(FileNotFoundError):
@@ -138,14 +139,33 @@ def _draw(faces: tuple[str, ...], variants: int, seed: int, size: int, classes: 
     return grey[wanted].expand(-1, 3, -1, -1), labels[wanted]
 
 
-def cifar10(root: Path, *, randaugment: tuple[int, int] | list[int] = (3, 4)) -> Data:
-    """Read CIFAR-10 from `root`; `randaugment` is (layers, magnitude), (0, 0) for crop and flip alone."""
+def cifar10(
+    root: Path,
+    *,
+    randaugment: tuple[int, int] | list[int] = (3, 4),
+    autoaugment: bool = False,
+    erasing: float = 0.0,
+    erasing_area: tuple[float, float] | list[float] = (0.125, 0.2),
+) -> Data:
+    """Read CIFAR-10 from `root`.
+
+    `randaugment` is (layers, magnitude), (0, 0) for crop and flip alone; `erasing` is the probability of erasing a
+    square of the normalised image, `erasing_area` the range of its part of the image.
+    """
     parts, classes = _read_cifar(datasets.CIFAR10, "CIFAR-10", root)
-    return _in_memory("cifar10", parts, classes, crop_flip_randaugment(32, *randaugment))
+    augment = crop_flip_randaugment(32, *randaugment, autoaugment=autoaugment)
+    return _in_memory("cifar10", parts, classes, augment, erasing=square_erasing(erasing, erasing_area))
 
 
-def cifar100(root: Path, *, randaugment: tuple[int, int] | list[int] = (1, 2)) -> Data:
-    """Read CIFAR-100 with its 20 coarse groups from `root`; `randaugment` as for `cifar10`."""
+def cifar100(
+    root: Path,
+    *,
+    randaugment: tuple[int, int] | list[int] = (1, 2),
+    autoaugment: bool = False,
+    erasing: float = 0.0,
+    erasing_area: tuple[float, float] | list[float] = (0.0625, 0.1),
+) -> Data:
+    """Read CIFAR-100 with its 20 coarse groups from `root`; the options are as for `cifar10`."""
     parts, classes = _read_cifar(datasets.CIFAR100, "CIFAR-100", root)
     folder = root / datasets.CIFAR100.base_folder
     with (folder / "train").open("rb") as train, (folder / "meta").open("rb") as meta:
@@ -154,8 +174,9 @@ def cifar100(root: Path, *, randaugment: tuple[int, int] | list[int] = (1, 2)) -
         names = pickle.load(meta, encoding="latin1")["coarse_label_names"]
     coarse = dict(zip(entry["fine_labels"], entry["coarse_labels"], strict=True))
     groups = tuple(coarse[fine] for fine in range(len(classes)))
-    augment = crop_flip_randaugment(32, *randaugment)
-    return _in_memory("cifar100", parts, classes, augment, groups, tuple(names))
+    augment = crop_flip_randaugment(32, *randaugment, autoaugment=autoaugment)
+    erased = square_erasing(erasing, erasing_area)
+    return _in_memory("cifar100", parts, classes, augment, groups, tuple(names), erased)
 
 
 def imagefolder(
@@ -168,6 +189,9 @@ def imagefolder(
     erasing: float = 0.0,
     erasing_mode: str = "pixel",
     erasing_count: int = 1,
+    erasing_area: tuple[float, float] | list[float] | None = None,
+    train_scale: tuple[float, float] | list[float] = (0.08, 1.0),
+    train_interpolation: str = "bilinear",
 ) -> Data:
     """Read `root/train/<class>/*` and `root/val/<class>/*`, cropped at random for training and in the centre for test.
 
@@ -180,6 +204,10 @@ def imagefolder(
         erasing: Probability of random erasing.
         erasing_mode: What is put there, in timm's words: "const", "rand" or "pixel".
         erasing_count: Largest number of rectangles.
+        erasing_area: Smallest and largest part of the image; with it one square is erased, and the mean put there,
+            instead of timm's rectangles.
+        train_scale: Smallest and largest part of the image that a random crop keeps.
+        train_interpolation: Of the random crop: "bilinear", "bicubic" or "random" (one of the two).
 
     Raises:
         DataNotFound: A folder is missing or empty, or the two parts have other classes.
@@ -194,12 +222,16 @@ def imagefolder(
         train_size,
         is_training=True,
         auto_augment=auto_augment,
-        re_prob=erasing,
+        scale=(train_scale[0], train_scale[1]),
+        interpolation=train_interpolation,
+        re_prob=0.0 if erasing_area else erasing,
         re_mode=erasing_mode,
         re_count=erasing_count,
         mean=mean,
         std=std,
     )
+    if erasing_area and erasing:
+        augmented = v2.Compose([augmented, square_erasing(erasing, erasing_area)])
     train, test = (FolderSplit(folder, plain, augmented) for folder in folders)
     return Data("imagefolder", train, test, tuple(folders[0].classes), train_size, mean, std)
 
@@ -225,9 +257,10 @@ def _in_memory(
     augment: Augment,
     groups: tuple[int, ...] | None = None,
     group_names: tuple[str, ...] | None = None,
+    erasing: v2.RandomErasing | None = None,
 ) -> Data:
     mean, std = statistics(parts[0][0])
-    train = MemorySplit(*parts[0], mean, std, augment)
+    train = MemorySplit(*parts[0], mean, std, augment, erasing)
     test = MemorySplit(*parts[1], mean, std)
     return Data(name, train, test, classes, train.images.shape[-1], mean, std, groups, group_names)
 

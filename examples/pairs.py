@@ -35,17 +35,19 @@ def train_both(
     *,
     resume: bool,
     device: str,
+    seen: Data | None = None,
     on_epoch: Callable[[nn.Module, Epoch], None] | None = None,
 ) -> Pair:
     """Train the plain network in `run_dir/plain`, and the one converted from it in `run_dir/<method>`.
 
     Args:
         recipe: `recipe.training.start` says which weights of the plain network the converted one begins with.
-        data: Both see the same batches.
+        data: Both see the same batches, unless `seen` says otherwise.
         run_dir: Folder of the run.
         method: What to convert with.
         resume: Whether to go on from the checkpoints in the folders.
         device: Where to train.
+        seen: What the converted network is trained and tested on, where it is not `data`.
         on_epoch: Called with the converted network at the end of each of its epochs.
     """
     set_seed(recipe.training.seed)
@@ -67,5 +69,7 @@ def train_both(
     converted = from_start or convert()
     objective = surgery.Objective(converted, loss)
     kwargs["on_epoch"] = on_epoch
-    after = train(converted, objective, data, recipe, run_dir=run_dir / method.name, label=method.name, **kwargs)
+    after = train(
+        converted, objective, seen or data, recipe, run_dir=run_dir / method.name, label=method.name, **kwargs
+    )
     return Pair(plain.eval(), converted.eval(), before, after)

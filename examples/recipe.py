@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 # settings that do not change the numbers of a run, so a run may go on with others
 FREE_SETTINGS = ("checkpoint_steps", "workers")
 # settings that came later: at their defaults they are left out, so that a run from before can go on
-LATER_SETTINGS = ("milestones", "gamma", "start")
+LATER_SETTINGS = ("milestones", "gamma", "start", "warmup_prefix", "mixup")
 
 
 class RecipeError(ValueError):
@@ -40,11 +40,14 @@ class Training:
         milestones: Completed epochs, rising, for "step" alone.
         gamma: Factor of one step, in (0, 1], for "step" alone.
         warmup_epochs: First epochs, in which the rate rises linearly from `warmup_lr` to `lr`. They replace the start
-            of the cosine and do not delay it (timm's convention).
+            of the cosine and do not delay it (timm's convention), except with `warmup_prefix`.
+        warmup_prefix: Whether the cosine begins behind the warm-up and runs over the other epochs alone (timm's word).
         cooldown_epochs: Last epochs, at `final_lr`.
         lr_unit: Whether the rate moves once an epoch or with every step.
         amp: Forward pass under bfloat16 autocast.
         augment: Whether the data's augmentation is used.
+        mixup: Alpha of the beta distribution that images and labels of a batch are mixed with; 0 leaves them as they
+            are.
         drop_last: Whether an incomplete last batch of an epoch is left out.
         checkpoint_steps: Steps between two checkpoints; one is also written at the end of every epoch.
         evaluate_epochs: Epochs between two evaluations on the test part; the last epoch always ends with one.
@@ -76,17 +79,23 @@ class Training:
     evaluate_epochs: int = 1
     workers: int = 0
     start: Literal["same", "trained"] = "same"
+    warmup_prefix: bool = False
+    mixup: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the ranges that the types cannot say."""
         for key in ("epochs", "batch_size", "checkpoint_steps", "evaluate_epochs"):
             _require(getattr(self, key) >= 1, f"training.{key} is {getattr(self, key)}; expected at least 1.")
         _require(self.lr > 0, f"training.lr is {self.lr}; expected more than 0.")
-        for key in ("final_lr", "warmup_epochs", "cooldown_epochs", "weight_decay", "workers", "seed"):
+        for key in ("final_lr", "warmup_epochs", "cooldown_epochs", "weight_decay", "workers", "seed", "mixup"):
             _require(getattr(self, key) >= 0, f"training.{key} is {getattr(self, key)}; expected at least 0.")
         _require(
             self.warmup_epochs + self.cooldown_epochs <= self.epochs,
             f"training.epochs is {self.epochs}, less than warmup_epochs + cooldown_epochs; raise it.",
+        )
+        _require(
+            not self.warmup_prefix or self.schedule == "cosine",
+            f'training.warmup_prefix belongs to schedule = "cosine", found {self.schedule!r}; leave it out.',
         )
         self._check_steps()
 

@@ -10,8 +10,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 from torchvision import datasets
+from torchvision.transforms import v2
 
-from warps import Augment, seeded
+from warps import Augment, erase, seeded
 
 Triple = tuple[float, float, float]
 
@@ -41,6 +42,7 @@ class MemorySplit(Split):
     mean: Triple
     std: Triple
     augment: Augment | None = None
+    erasing: v2.RandomErasing | None = None
 
     @property
     def targets(self) -> Tensor:
@@ -51,7 +53,10 @@ class MemorySplit(Split):
         if seed is not None and self.augment is not None:
             images = self.augment(images, seed)
         mean, std = (torch.tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
-        return (images.float() / 255 - mean) / std
+        normalised = (images.float() / 255 - mean) / std
+        if seed is None or self.erasing is None:
+            return normalised
+        return erase(normalised, self.erasing, seed + 1)  # with the same one it would repeat the draws of `augment`
 
 
 @dataclass(frozen=True, eq=False)

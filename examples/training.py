@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import checkpoints
-from batches import Batches, derive_seed, whole_batches
+from batches import Batches, Mixing, derive_seed, whole_batches
 from data import Data
 from interruption import stop, stop_signals
 from recipe import Component, Recipe, RecipeError, Training
@@ -97,7 +97,8 @@ def learning_rate(training: Training, epoch: float) -> float:
         return training.lr
     if training.schedule == "step":
         return training.lr * training.gamma ** sum(milestone <= epoch for milestone in training.milestones)
-    part = min(epoch / max(training.epochs - training.cooldown_epochs, 1), 1.0)
+    start = training.warmup_epochs if training.warmup_prefix else 0
+    part = min((epoch - start) / max(training.epochs - training.cooldown_epochs - start, 1), 1.0)
     return training.final_lr + (training.lr - training.final_lr) * (1 + math.cos(math.pi * part)) / 2
 
 
@@ -221,7 +222,14 @@ class _Run:
         )
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self.batches = Batches(
-            data.train, t.batch_size, t.seed, augment=t.augment, drop_last=t.drop_last, rank=rank, world=world
+            data.train,
+            t.batch_size,
+            t.seed,
+            augment=t.augment,
+            drop_last=t.drop_last,
+            rank=rank,
+            world=world,
+            mixing=Mixing(t.mixup, len(data.classes)) if t.mixup else None,
         )
         self.total = t.epochs * self.batches.per_epoch
         self._identity = {

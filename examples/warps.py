@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -54,14 +54,19 @@ def shift_and_rotate(degrees: float, shift: float) -> Augment:
     return augment
 
 
-def crop_flip_randaugment(size: int, layers: int, magnitude: int) -> Augment:
-    """Make the CIFAR augmentation: pad by four and crop, flip, then RandAugment, drawn for every image apart.
+def crop_flip_randaugment(size: int, layers: int, magnitude: int, *, autoaugment: bool = False) -> Augment:
+    """Make the CIFAR augmentation: pad by four and crop, flip, then a policy, drawn for every image apart.
 
-    Reference: Cubuk et al. 2020; (layers, magnitude) are its N and M.
+    Args:
+        size: Side of the images.
+        layers, magnitude: N and M of RandAugment (Cubuk et al. 2020); no layers for none.
+        autoaugment: Whether AutoAugment's policy for CIFAR (Cubuk et al. 2019) comes on top.
     """
     steps: list[torch.nn.Module] = [v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip()]
     if layers:
         steps.append(v2.RandAugment(num_ops=layers, magnitude=magnitude))
+    if autoaugment:
+        steps.append(v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10))
     transform = v2.Compose(steps)
 
     def augment(images: Tensor, seed: int) -> Tensor:
@@ -70,6 +75,30 @@ def crop_flip_randaugment(size: int, layers: int, magnitude: int) -> Augment:
             return torch.stack([v2.functional.pil_to_tensor(transform(v2.functional.to_pil_image(x))) for x in images])
 
     return augment
+
+
+def square_erasing(probability: float, area: Sequence[float]) -> v2.RandomErasing | None:
+    """Make random erasing of one square, to be applied to a normalised image, whose mean is put there.
+
+    Args:
+        probability: Of erasing anything; 0 makes None.
+        area: Smallest and largest part of the image.
+
+    Raises:
+        ValueError: The probability or an area is not within [0, 1].
+
+    Reference: Zhong et al. 2020.
+    """
+    smallest, largest = area
+    if not probability:
+        return None
+    return v2.RandomErasing(p=probability, scale=(smallest, largest), ratio=(1.0, 1.0))
+
+
+def erase(images: Tensor, erasing: v2.RandomErasing, seed: int) -> Tensor:
+    """Erase a part of each of the images (B, C, H, W), drawn for every image apart."""
+    with seeded(seed):
+        return torch.stack([erasing(image) for image in images])
 
 
 @contextmanager

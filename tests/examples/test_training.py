@@ -385,7 +385,7 @@ def test_the_end_of_every_epoch_is_told_before_its_checkpoint(tmp_path, whole):
 def test_the_identity_of_a_run_holds_new_settings_only_where_they_are_used():
     """A checkpoint from before a setting existed lacks it, and may go on as long as it stands at its default."""
     plain, stepwise = Recipe(), Recipe(training=STEPS)
-    added = {"milestones", "gamma", "start"}
+    added = {"milestones", "gamma", "start", "warmup_prefix", "mixup"}
     assert not added & set(plain.identity()["training"])
     assert stepwise.identity()["training"]["milestones"] == [30, 60, 90]
     from_end = Recipe(training=dataclasses.replace(STEPS, gamma=0.2, start="trained")).identity()["training"]
