@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import report_divided
+import report_divided_claims
 import report_gated
 import report_inclusive
 import report_masked
@@ -237,17 +239,21 @@ def claims_of_coded(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 # By the beginning of a result's file name; the longest one that fits is taken.
 RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
     "claims-coded": claims,
+    "claims-divided": report_divided_claims.claims,
     "claims-gated": report_gated.claims,
     "claims-inclusive": report_inclusive.claims,
     "claims-masked": report_masked.claims,
     "coded": coded,
     "core": core,
     "coverage": coverage,
+    "divided": report_divided.cost,
+    "division-coverage": report_divided_claims.coverage,
     "gated-pruning": report_gated.pruning,
     "gated-skipping": report_gated.skipping,
     "inclusive": report_inclusive.cost,
     "masked": report_masked.cost,
     "published": published,
+    "published-divided": report_divided_claims.published,
     "schemes": schemes,
 }
 

@@ -226,7 +226,7 @@ def test_core_imports_no_plugin_and_only_what_it_declares(path):
 @pytest.mark.parametrize("path", PLUGINS, ids=named)
 def test_plugins_import_the_core_what_it_stands_on_and_themselves(path):
     own = path.relative_to(ROOT / "plugins").parts[0]
-    allowed = set(sys.stdlib_module_names) | {"surgery", "torch", "timm", "numpy", "scipy", own}
+    allowed = set(sys.stdlib_module_names) | {"surgery", "torch", "torchvision", "timm", "numpy", "scipy", own}
     drawing = {"matplotlib"}  # an extra: only where a figure is drawn
     assert imports(path) <= allowed | drawing, f"{named(path)} imports {imports(path) - allowed - drawing}"
     for node in tree_of(path).body:
