@@ -50,7 +50,7 @@ def slice_module(module: nn.Module, inputs: Tensor | None, outputs: Tensor | Non
     """
     if parametrize.is_parametrized(module):
         raise RewriteError(
-            f"{type(module).__name__} has parametrized weights; remove the parametrization before pruning"
+            f"{type(module).__name__} has parametrized weights; remove the parametrization before its channels are cut"
         )
     if isinstance(module, nn.Conv2d):
         return _slice_conv(module, inputs, outputs)

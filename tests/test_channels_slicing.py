@@ -148,7 +148,7 @@ def test_a_grouped_convolution_keeps_the_same_groups_on_both_sides():
 
 def test_a_parametrized_layer_is_refused_with_the_cure():
     conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))
-    with pytest.raises(RewriteError, match="remove the parametrization before pruning"):
+    with pytest.raises(RewriteError, match="remove the parametrization before its channels are cut"):
         slice_module(conv, None, torch.tensor([0]))
 
 

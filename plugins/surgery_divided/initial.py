@@ -85,8 +85,9 @@ class Initialisers:
         if not own.keys() <= self._weights.keys() and callable(reset):
             reset()
             return
-        for name in own.keys() & self._weights.keys():
-            own[name].copy_(self._weights[name].draw(own[name].shape, _fans(module), self._votes))
+        for name, value in own.items():
+            if name in self._weights:
+                value.copy_(self._weights[name].draw(value.shape, _fans(module), self._votes))
 
     def _build_again(self) -> None:
         """Give weights that are filled in an unknown way other values, those of another source."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -208,6 +211,21 @@ def test_every_network_has_its_own_weights_and_the_seed_decides():
     assert all(torch.equal(one, other) for one, other in zip(weights[0], weights[1], strict=True))
     several = [*weights[0], weights[2][0]]
     assert not any(torch.equal(one, other) for i, one in enumerate(several) for other in several[:i])
+
+
+def test_a_seed_gives_the_same_weights_in_another_process():
+    """The order of drawing is that of the network, not that of a set of names, which every process has its own of."""
+    command = (
+        "import hashlib, torch, torchvision, surgery; torch.manual_seed(3); "
+        "model = surgery.convert(torchvision.models.resnet18(num_classes=10), 'divided', input_size=32); "
+        "print(hashlib.sha256(model.members[0].fc.bias.detach().numpy().tobytes()).hexdigest())"
+    )
+    found = set()
+    for seed in "12":
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, check=True)
+        found.add(done.stdout)
+    assert len(found) == 1
 
 
 def test_the_dtype_and_the_source_are_left_alone():
