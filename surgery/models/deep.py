@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from timm.layers import SelectAdaptivePool2d
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from surgery.errors import InvalidOption
 from surgery.models.blocks import Bottleneck
-from surgery.models.network import init_classifier, init_residual, new_classifier
+from surgery.models.classifier import ResidualClassifier, init_classifier
+from surgery.models.network import init_residual
 
 _BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
@@ -90,7 +90,7 @@ def deep_resnet(
     return DeepLayout(_BLOCKS[depth], hidden=groups * width, groups=groups, stem=stem, reduction=reduction)
 
 
-class DeepResNet(nn.Module):
+class DeepResNet(ResidualClassifier):
     """Residual network for large images: a stem that shrinks four times, `layer1` and so on, pooling, classifier.
 
     Args:
@@ -130,10 +130,6 @@ class DeepResNet(nn.Module):
         init_residual(self, zero_init_last=zero_init_last)
         init_classifier(self.fc)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits."""
-        return self.forward_head(self.forward_features(x))
-
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the feature map of the last stage, (N, num_features, H / 32, W / 32) behind four stages."""
         x = self.stem(x)
@@ -145,35 +141,9 @@ class DeepResNet(nn.Module):
             x = stage(x)
         return x
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool a feature map and classify it; with `pre_logits`, stop before the classifier."""
-        x = self.head_drop(self.global_pool(x))
-        return x if pre_logits else self.fc(x)
-
-    def get_classifier(self) -> nn.Module:
-        """Return the last layer."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one for `num_classes`; None keeps the pooling."""
-        self._set_classifier(num_classes, self.global_pool.pool_type if global_pool is None else global_pool)
-        init_classifier(self.fc)
-        self.global_pool.train(self.training)
-        self.fc.train(self.training)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.grad_checkpointing = enable
-
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Return the patterns by which timm groups parameters for layer-wise learning rates."""
         return {"stem": r"^stem", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
-
-    def _set_classifier(self, num_classes: int, global_pool: str) -> None:
-        self.num_classes = num_classes
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.fc = new_classifier(self.head_hidden_size, num_classes, bias=True, like=next(self.stem.parameters()))
 
 
 def _feature_info(cfg: DeepLayout) -> list[dict[str, int | str]]:

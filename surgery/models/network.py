@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from timm.layers import SelectAdaptivePool2d
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from surgery.models.blocks import BasicBlock, Bottleneck
+from surgery.models.classifier import ResidualClassifier, init_classifier
 from surgery.models.layout import Layout
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(ResidualClassifier):
     """Residual network for small images: stem, `layer1` to `layer3`, pooling, classifier.
 
     Args:
@@ -52,10 +52,6 @@ class CifarResNet(nn.Module):
         init_residual(self, zero_init_last=zero_init_last)
         init_classifier(self.fc)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits."""
-        return self.forward_head(self.forward_features(x))
-
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the feature map of the last stage, (N, num_features, H / 4, W / 4)."""
         x = self.act1(self.bn1(self.conv1(x)))
@@ -66,36 +62,12 @@ class CifarResNet(nn.Module):
             features = self.layer3(self.layer2(self.layer1(x)))
         return features
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool a feature map and classify it; with `pre_logits`, stop before the classifier."""
-        x = self.head_drop(self.global_pool(x))
-        return x if pre_logits else self.fc(x)
-
-    def get_classifier(self) -> nn.Module:
-        """Return the last layer."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one for `num_classes`; None keeps the pooling."""
-        self._set_classifier(num_classes, self.global_pool.pool_type if global_pool is None else global_pool)
-        init_classifier(self.fc)
-        self.global_pool.train(self.training)
-        self.fc.train(self.training)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.grad_checkpointing = enable
-
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Return the patterns by which timm groups parameters for layer-wise learning rates."""
         return {"stem": r"^conv1|^bn1", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
-    def _set_classifier(self, num_classes: int, global_pool: str) -> None:
-        self.num_classes = num_classes
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        bias = self.layout.classifier_bias
-        self.fc = new_classifier(self.head_hidden_size, num_classes, bias=bias, like=self.conv1.weight)
+    def _has_bias(self) -> bool:
+        return self.layout.classifier_bias
 
 
 def init_residual(network: nn.Module, *, zero_init_last: bool) -> None:
@@ -105,21 +77,6 @@ def init_residual(network: nn.Module, *, zero_init_last: bool) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif zero_init_last and isinstance(module, BasicBlock | Bottleneck):
             nn.init.zeros_(module.last_norm.weight)
-
-
-def new_classifier(inputs: int, classes: int, *, bias: bool, like: Tensor) -> nn.Module:
-    """Return a linear layer with the device and dtype of `like`; for no classes, the identity."""
-    if classes <= 0:
-        return nn.Identity()
-    return nn.Linear(inputs, classes, bias=bias, device=like.device, dtype=like.dtype)
-
-
-def init_classifier(fc: nn.Module) -> None:
-    """Draw the weights of a fresh classifier; one that was left out has none."""
-    if isinstance(fc, nn.Linear):
-        nn.init.normal_(fc.weight, std=1e-3)  # Zhao et al., 2022: near-uniform predictions at the start
-        if fc.bias is not None:
-            nn.init.zeros_(fc.bias)
 
 
 def _feature_info(cfg: Layout) -> list[dict[str, int | str]]:

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch.nn.functional as F
-from timm.layers import SelectAdaptivePool2d
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from surgery.errors import InvalidOption
+from surgery.models.classifier import ResidualClassifier, init_classifier
 from surgery.models.layout import blocks_per_stage
-from surgery.models.network import init_classifier, new_classifier
 
 StemKind = Literal["cifar", "imagenet"]
 
@@ -145,7 +144,7 @@ class AppendChannels(nn.Module):
         return f"{self.inputs}, {self.outputs}"
 
 
-class PreActResNeXt(nn.Module):
+class PreActResNeXt(ResidualClassifier):
     """Pre-activation ResNeXt: stem, `layer1` and so on with `down2` and so on between them, norm, pooling, classifier.
 
     Args:
@@ -185,10 +184,6 @@ class PreActResNeXt(nn.Module):
         self._set_classifier(num_classes, global_pool)
         self._init_weights()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits."""
-        return self.forward_head(self.forward_features(x))
-
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the normalized and rectified feature map of the last stage, (N, num_features, h, w)."""
         x = self.conv1(x)
@@ -202,35 +197,9 @@ class PreActResNeXt(nn.Module):
         features: Tensor = self.act(self.norm(x))
         return features
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool a feature map and classify it; with `pre_logits`, stop before the classifier."""
-        x = self.head_drop(self.global_pool(x))
-        return x if pre_logits else self.fc(x)
-
-    def get_classifier(self) -> nn.Module:
-        """Return the last layer."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one for `num_classes`; None keeps the pooling."""
-        self._set_classifier(num_classes, self.global_pool.pool_type if global_pool is None else global_pool)
-        init_classifier(self.fc)
-        self.global_pool.train(self.training)
-        self.fc.train(self.training)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.grad_checkpointing = enable
-
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Return the patterns by which timm groups parameters for layer-wise learning rates."""
         return {"stem": r"^conv1", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
-
-    def _set_classifier(self, num_classes: int, global_pool: str) -> None:
-        self.num_classes = num_classes
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.fc = new_classifier(self.head_hidden_size, num_classes, bias=True, like=self.conv1.weight)
 
     def _init_weights(self) -> None:
         for module in self.modules():

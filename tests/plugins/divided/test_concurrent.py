@@ -53,6 +53,7 @@ def test_members_run_at_the_same_time():
         member.register_forward_pre_hook(lambda *_: (barrier.wait(), None)[1])
     with concurrent(model, ["cpu", "cpu"]) as together:
         together(images())
+    assert not barrier.broken
 
 
 def test_every_member_has_a_thread_of_its_own_and_keeps_it():

@@ -57,6 +57,20 @@ def refusal(call):
     return "none"
 
 
+def refusals(model, part, folder):
+    """Return what is said to calls that cannot work in a process that has a part of `model`."""
+    lonely = dist.new_group([0])
+    return {
+        "twice": refusal(lambda: distribute(part)),
+        "prune": refusal(lambda: surgery.prune(part, members=[0])),
+        "three": refusal(lambda: distribute(divided(3))),
+        "outside": refusal(lambda: distribute(model, lonely)),
+        "fuse": refusal(lambda: fuse(part)),
+        "concurrent": refusal(lambda: concurrent(part, ["cpu"])),
+        "save": refusal(lambda: surgery.save(part, f"{folder}/part.safetensors", factory=SOURCE)),
+    }
+
+
 def work(rank, folder):
     """Train in one of two processes and write what happened to a file."""
     torch.set_num_threads(1)
@@ -88,16 +102,9 @@ def work(rank, folder):
         found["copied"] = copy.deepcopy(part)(images)
     with torch.inference_mode():
         found["inference"] = part(images).clone()
-    lonely = dist.new_group([0])
     found["refused"] = {
         "sizes": refusal(lambda: part(images[: 3 + rank])),
-        "twice": refusal(lambda: distribute(part)),
-        "prune": refusal(lambda: surgery.prune(part, members=[0])),
-        "three": refusal(lambda: distribute(divided(3))),
-        "outside": refusal(lambda: distribute(model, lonely)),
-        "fuse": refusal(lambda: fuse(part)),
-        "concurrent": refusal(lambda: concurrent(part, ["cpu"])),
-        "save": refusal(lambda: surgery.save(part, f"{folder}/part.safetensors", factory=SOURCE)),
+        **refusals(model, part, folder),
     }
     if rank == 1:
         part.to(memory_format=torch.channels_last)
