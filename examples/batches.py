@@ -50,8 +50,13 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
         seed: Of the permutations and the augmentation.
         augment: Whether the split augments.
         drop_last: Whether an incomplete last batch of an epoch is left out.
-        rank, world: This process takes every `world`-th sample of a batch, from `rank` on.
+        rank, world: This process takes every `world`-th sample of a batch, from `rank` on. All take equally many, so
+            that the mean over the processes is the mean over the batch: up to `world` - 1 samples of an incomplete
+            batch are left out.
         mixing: What is done to the batch behind its augmentation.
+
+    Raises:
+        ValueError: There is no full batch, or `world` processes cannot share one evenly.
     """
 
     def __init__(
@@ -69,10 +74,12 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
         """Store the arguments; nothing is read yet."""
         if len(split) < batch_size and drop_last:
             raise ValueError(f"batches: {len(split)} samples do not fill a batch of {batch_size}; lower batch_size.")
+        if batch_size % world:
+            raise ValueError(f"batches: {world} processes cannot share {batch_size} samples; change batch_size.")
         self.split, self.batch_size, self.seed, self.augment = split, batch_size, seed, augment
         self.rank, self.world, self.mixing = rank, world, mixing
         full, rest = divmod(len(split), batch_size)
-        self.per_epoch = full if drop_last or not rest else full + 1
+        self.per_epoch = full if drop_last or rest < world else full + 1
         self._shuffled: tuple[int, Tensor] | None = None
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
@@ -91,7 +98,7 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
             generator = torch.Generator().manual_seed(derive_seed("shuffle", self.seed, epoch))
             self._shuffled = epoch, torch.randperm(len(self.split), generator=generator)
         chosen = self._shuffled[1][position * self.batch_size : (position + 1) * self.batch_size]
-        return chosen[self.rank :: self.world]
+        return chosen[: len(chosen) // self.world * self.world][self.rank :: self.world]
 
     def loader(self, start: int, stop: int, workers: int) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return a loader of the steps from `start` to before `stop`."""

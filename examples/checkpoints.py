@@ -1,7 +1,12 @@
-"""Training checkpoints: one safetensors file with a JSON header, written atomically and read without pickle."""
+"""Training checkpoints: one safetensors file with a JSON header, written atomically and read without pickle.
+
+The first process writes it. It holds whole tensors, also of a training that shards them; what is not shared by the
+processes, such as the statistics of norms, is that of the first.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -14,7 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-FORMAT = "surgery-training-1"
+from machines import Machine
+
+FORMAT = "surgery-training-2"
 MODEL, OPTIMIZER = "model.", "optimizer."
 
 
@@ -40,17 +47,21 @@ class Checkpoint:
 
 
 def collect(
-    model: nn.Module, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any], progress: Mapping[str, Any]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    identity: Mapping[str, Any],
+    progress: Mapping[str, Any],
+    machine: Machine,
 ) -> Checkpoint:
-    """Copy weights and optimizer state to the CPU."""
-    # a clone of each: tied weights share storage, which safetensors refuses
-    tensors = {MODEL + key: _copy(value) for key, value in model.state_dict().items()}
+    """Copy weights and optimizer state to the CPU; all processes do."""
+    # a copy of each: tied weights share storage, which safetensors refuses
+    tensors = {MODEL + key: machine.whole(value) for key, value in model.state_dict().items()}
     scalars: dict[str, Any] = {}
     for index, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
             key = f"{OPTIMIZER}{index}.{name}"
             if isinstance(value, Tensor):
-                tensors[key] = _copy(value)
+                tensors[key] = machine.whole(value)
             else:
                 scalars[key] = value
     return Checkpoint(tensors, scalars, identity, progress)
@@ -58,16 +69,25 @@ def collect(
 
 def write(path: Path, checkpoint: Checkpoint) -> None:
     """Write `checkpoint` to `path`, which afterwards is either the old file or the whole new one."""
-    header = {"scalars": checkpoint.scalars, "identity": checkpoint.identity, "progress": checkpoint.progress}
+    header = json.dumps(
+        {"scalars": checkpoint.scalars, "identity": checkpoint.identity, "progress": checkpoint.progress}
+    )
+    metadata = {"format": FORMAT, "json": header, "sha256": _digest(header, checkpoint.tensors)}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(dict(checkpoint.tensors), temporary, {"format": FORMAT, "json": json.dumps(header)})
+        save_file(dict(checkpoint.tensors), temporary, metadata)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def tidy(path: Path) -> None:
+    """Delete what a process that was killed while it wrote `path` has left beside it."""
+    for left in path.parent.glob(f"{path.name}.*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Checkpoint:
@@ -80,31 +100,40 @@ def read(path: Path) -> Checkpoint:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dictionary)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"checkpoint {path}: cannot be read ({error}); delete it to start anew.") from error
     if metadata.get("format") != FORMAT:
         found = metadata.get("format", "none")
         message = f"checkpoint {path}: format {found}, expected {FORMAT}; it is not from this training loop."
         raise CheckpointError(message)
+    if _digest(metadata.get("json", ""), tensors) != metadata.get("sha256"):
+        raise CheckpointError(
+            f"checkpoint {path}: its checksum does not match; it is damaged, delete it to start anew."
+        )
     header = json.loads(metadata["json"])
     return Checkpoint(tensors, header["scalars"], header["identity"], header["progress"])
 
 
-def restore(path: Path, checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights and optimizer state back.
+def restore(
+    path: Path, checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, machine: Machine
+) -> None:
+    """Put weights and optimizer state back; all processes do.
 
     Raises:
         CheckpointError: The weights have other names or shapes than `model`.
     """
     weights = {k.removeprefix(MODEL): v for k, v in checkpoint.tensors.items() if k.startswith(MODEL)}
-    _check_weights(path, weights, model.state_dict())
-    model.load_state_dict(weights)
-    values = {**checkpoint.tensors, **checkpoint.scalars}
+    current = model.state_dict()
+    _check_weights(path, weights, current)
+    model.load_state_dict({key: machine.part(value, current[key]) for key, value in weights.items()})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
-    for key, value in values.items():
+    for key, value in {**checkpoint.tensors, **checkpoint.scalars}.items():
         if key.startswith(OPTIMIZER):
-            index, name = key.removeprefix(OPTIMIZER).split(".", 1)
-            state.setdefault(int(index), {})[name] = value
+            number, name = key.removeprefix(OPTIMIZER).split(".", 1)
+            parameter = parameters[int(number)]
+            lies_like = isinstance(value, Tensor) and value.shape == parameter.shape
+            state.setdefault(int(number), {})[name] = machine.part(value, parameter) if lies_like else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -144,8 +173,13 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

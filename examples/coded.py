@@ -67,10 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(setup: Setup, one_class: int, console: Console) -> dict[str, Any]:
-    recipe, data, run_dir, device = setup.recipe, setup.data, setup.run_dir, setup.device
+    recipe, data, run_dir, machine = setup.recipe, setup.data, setup.run_dir, setup.machine
     method = recipe.method or Component("coded")
-    networks = train_both(recipe, data, run_dir, method, resume=setup.resume, device=device)
-    run = partial(evaluate, device=device, workers=recipe.training.workers)
+    networks = train_both(recipe, data, run_dir, method, resume=setup.resume, machine=machine)
+    machine.leave()
+    run = partial(evaluate, device=setup.device, workers=recipe.training.workers)
     return examine(networks, data, one_class, run_dir, console, run)
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
 
 import surgery
 from checkpoints import CheckpointError
 from data import Data, DataNotFound, first_images, load
 from glyphs import FontsUnavailable
+from machines import PARALLEL, Machine, start
 from networks import WeightsUnavailable
 from recipe import Recipe, RecipeError
 
@@ -30,9 +29,14 @@ class Setup:
     recipe: Recipe
     data: Data
     run_dir: Path
-    device: str
+    machine: Machine
     resume: bool
     smoke: bool
+
+    @property
+    def device(self) -> str:
+        """Where trained networks are measured."""
+        return str(self.machine.measuring)
 
 
 def parser(description: str | None, recipe: str) -> argparse.ArgumentParser:
@@ -41,7 +45,12 @@ def parser(description: str | None, recipe: str) -> argparse.ArgumentParser:
     made.add_argument("--recipe", type=Path, default=RECIPES / f"{recipe}.toml", help="TOML file with the whole set-up")
     made.add_argument("--data", type=Path, default=Path("data"), help="folder of CIFAR or of the image folders")
     made.add_argument("--run-dir", type=Path, help="where to write; default: runs/<name of the recipe>")
-    made.add_argument("--device", default="cpu", help="cpu, cuda, xla, ...")
+    made.add_argument("--device", default="cpu", help="cpu, cuda, xla, ...; under torchrun, of every process")
+    made.add_argument("--parallel", choices=PARALLEL, help="under torchrun ddp, the default, or fsdp; with xla, spmd")
+    made.add_argument(
+        "--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile; inductor without a name"
+    )
+    made.add_argument("--amp", action="store_true", help="forward passes in bfloat16, whatever the recipe says")
     made.add_argument("--smoke", action="store_true", help="one epoch on a few images, to see that everything runs")
     made.add_argument("--restart", action="store_true", help="do not go on from a checkpoint in the run folder")
     return made
@@ -58,6 +67,7 @@ def prepare(options: argparse.Namespace) -> Setup:
     if options.smoke:
         recipe, data = recipe.shortened(SMOKE_EPOCHS), first_images(data, SMOKE_IMAGES)
     run_dir = options.run_dir or Path("runs") / f"{options.recipe.stem}{'-smoke' if options.smoke else ''}"
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {options.device}: torch finds no such device; use --device cpu.")
-    return Setup(recipe, data, run_dir, options.device, not options.restart, options.smoke)
+    if options.amp:
+        recipe = replace(recipe, training=replace(recipe.training, amp=True))
+    machine = start(options.device, options.parallel, options.compile)
+    return Setup(recipe, data, run_dir, machine, not options.restart, options.smoke)

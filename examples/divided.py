@@ -86,8 +86,9 @@ def _run(setup: Setup, console: Console) -> dict[str, Any]:
         raise RecipeError(f"[method] name is {method.name!r}; this example is about 'divided': recipes/divided-*.toml.")
     plan = Plan.of(method)
     networks = train_both(
-        recipe, data, run_dir, plan.method, resume=setup.resume, device=setup.device, seen=plan.seen(data)
+        recipe, data, run_dir, plan.method, resume=setup.resume, machine=setup.machine, seen=plan.seen(data)
     )
+    setup.machine.leave()
     bench = Bench(data, recipe.training, setup.device, SMOKE_REPEATS if setup.smoke else REPEATS)
     found = examine(networks, bench, run_dir)
     console.print(_table(found, bench))

@@ -72,13 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(setup: Setup, tau: float, console: Console) -> dict[str, Any]:
-    recipe, data, run_dir, device = setup.recipe, setup.data, setup.run_dir, setup.device
+    recipe, data, run_dir, machine = setup.recipe, setup.data, setup.run_dir, setup.machine
     method = recipe.method or Component("gated")
     if method.name != "gated":
         raise RecipeError(f"[method] name is {method.name!r}; this example is about 'gated', see recipes/gated-*.toml.")
-    rates = RateLog(run_dir / "rates.json", sample(data.train, RATE_IMAGES))
-    networks = train_both(recipe, data, run_dir, method, resume=setup.resume, device=device, on_epoch=rates)
-    bench = Bench(data, recipe.training, device, 3 if setup.smoke else REPEATS)
+    rates = RateLog(run_dir / "rates.json", sample(data.train, RATE_IMAGES), machine)
+    networks = train_both(recipe, data, run_dir, method, resume=setup.resume, machine=machine, on_epoch=rates)
+    machine.leave()
+    bench = Bench(data, recipe.training, setup.device, 3 if setup.smoke else REPEATS)
     found = examine(networks, bench, tau, run_dir)
     console.print(_table(found, bench))
     for line in _lines(found, tau):

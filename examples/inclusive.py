@@ -96,8 +96,9 @@ def _run(setup: Setup, console: Console) -> dict[str, Any]:
     if method.name != "inclusive":
         raise RecipeError(f"[method] name is {method.name!r}; this example is about 'inclusive': recipes/inclusive-*.")
     plan = Plan.of(method, data)
-    networks = train_both(recipe, data, run_dir, plan.method, resume=setup.resume, device=setup.device)
+    networks = train_both(recipe, data, run_dir, plan.method, resume=setup.resume, machine=setup.machine)
     exits = train_exits(setup, plan.exits) if plan.exits else None
+    setup.machine.leave()
     bench = Bench(data, recipe.training, setup.device, SMOKE_REPEATS if setup.smoke else REPEATS)
     found = examine(networks, exits, plan, bench, run_dir)
     console.print(_table(found, bench))
@@ -128,10 +129,12 @@ def train_exits(setup: Setup, count: int) -> ShallowExits:
         run_dir=setup.run_dir / "exits",
         groups=groups,
         resume=setup.resume,
-        device=setup.device,
+        machine=setup.machine,
         label="exits",
     )
-    return model.eval()
+    trained = setup.machine.finished(model)
+    assert isinstance(trained, ShallowExits)
+    return trained.eval()
 
 
 def examine(networks: Pair, exits: ShallowExits | None, plan: Plan, bench: Bench, run_dir: Path) -> Findings:

@@ -80,15 +80,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(setup: Setup, console: Console) -> dict[str, Any]:
-    recipe, data, run_dir, device = setup.recipe, setup.data, setup.run_dir, setup.device
+    recipe, data, run_dir, machine = setup.recipe, setup.data, setup.run_dir, setup.machine
     method = recipe.method or Component("masked")
     if method.name != "masked":
         raise RecipeError(f"[method] name is {method.name!r}; this example is about 'masked': recipes/masked-*.toml.")
     freeze = Freeze.of(recipe, method)
     networks = train_both(
-        recipe, data, run_dir, converting(method), resume=setup.resume, device=device, on_epoch=freeze
+        recipe, data, run_dir, converting(method), resume=setup.resume, machine=machine, on_epoch=freeze
     )
-    bench = Bench(data, recipe.training, device, SMOKE_REPEATS if setup.smoke else REPEATS)
+    machine.leave()
+    bench = Bench(data, recipe.training, setup.device, SMOKE_REPEATS if setup.smoke else REPEATS)
     found = examine(networks, bench, run_dir)
     console.print(_table(found, bench))
     for line in _lines(networks, found, freeze):

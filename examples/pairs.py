@@ -12,6 +12,7 @@ from torch import nn
 
 import surgery
 from data import Data
+from machines import Machine
 from networks import build
 from recipe import Component, Recipe
 from training import Epoch, Task, set_seed, train
@@ -34,11 +35,13 @@ def train_both(
     method: Component,
     *,
     resume: bool,
-    device: str,
+    machine: Machine,
     seen: Data | None = None,
     on_epoch: Callable[[nn.Module, Epoch], None] | None = None,
 ) -> Pair:
     """Train the plain network in `run_dir/plain`, and the one converted from it in `run_dir/<method>`.
+
+    Every process of the machine gets both, whole, where they are to be measured.
 
     Args:
         recipe: `recipe.training.start` says which weights of the plain network the converted one begins with.
@@ -46,7 +49,7 @@ def train_both(
         run_dir: Folder of the run.
         method: What to convert with.
         resume: Whether to go on from the checkpoints in the folders.
-        device: Where to train.
+        machine: What to train on.
         seen: What the converted network is trained and tested on, where it is not `data`.
         on_epoch: Called with the converted network at the end of each of its epochs.
     """
@@ -60,9 +63,10 @@ def train_both(
         return surgery.param_groups(model, lr=recipe.training.lr, weight_decay=recipe.training.weight_decay)
 
     loss = nn.CrossEntropyLoss(label_smoothing=recipe.training.label_smoothing)
-    kwargs: dict[str, Any] = {"groups": groups, "resume": resume, "device": device}
+    kwargs: dict[str, Any] = {"groups": groups, "resume": resume, "machine": machine}
     from_start = convert() if recipe.training.start == "same" else None
     before = train(plain, Task(loss), data, recipe, run_dir=run_dir / "plain", label="plain", **kwargs)
+    plain = machine.finished(plain)
     if from_start is None:
         # where training left the generator depends on where it was resumed
         set_seed(recipe.training.seed)
@@ -72,4 +76,4 @@ def train_both(
     after = train(
         converted, objective, seen or data, recipe, run_dir=run_dir / method.name, label=method.name, **kwargs
     )
-    return Pair(plain.eval(), converted.eval(), before, after)
+    return Pair(plain.eval(), machine.finished(converted).eval(), before, after)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from batches import labelled_batches
+from machines import Machine
 from splits import Split
 from surgery_gated.gates import Stochastic
 from surgery_gated.inference import inference
@@ -26,16 +27,19 @@ class RateLog:
     Args:
         path: The file; after each epoch it is either the old one or the whole new one.
         images: What is measured on, without augmentation.
+        machine: What trains; all its processes measure, the first writes.
     """
 
-    def __init__(self, path: Path, images: Split) -> None:
+    def __init__(self, path: Path, images: Split, machine: Machine) -> None:
         """Store the arguments; nothing is read yet."""
-        self.path, self.images = path, images
+        self.path, self.images, self.machine = path, images, machine
 
     def __call__(self, model: nn.Module, epoch: Epoch) -> None:
         """Measure, and write the entry of this epoch; to be called by `training.train`."""
         with inference(model, Stochastic()):
             usage = measure(model, labelled_batches(self.images))
+        if not self.machine.leads:
+            return
         number = epoch.epoch + 1
         kept = [entry for entry in self.read() if entry["epoch"] < number]
         temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")

@@ -23,6 +23,7 @@ import checkpoints
 from batches import Batches, Mixing, derive_seed, whole_batches
 from data import Data
 from interruption import stop, stop_signals
+from machines import Machine, Processes
 from recipe import Component, Recipe, RecipeError, Training
 from reports import Epoch, Reporter, Step, StepLog, benchmark_ms, read_steps
 from splits import Split
@@ -134,7 +135,7 @@ def train(
     run_dir: str | Path,
     groups: Groups | None = None,
     resume: bool = True,
-    device: str | torch.device = "cpu",
+    machine: Machine | None = None,
     progress: bool = True,
     label: str = "train",
     on_step: Callable[[Step], None] | None = None,
@@ -143,7 +144,7 @@ def train(
     """Train `model` in place as `recipe.training` says.
 
     Args:
-        model: The network; it is moved to `device` first.
+        model: The network; it is moved to the machine's device first. `machine.finished` gives it back.
         criterion: Called as `criterion(output, target, progress)`; wrap a plain loss in `Task`.
         data: Its training part is learned, its test part evaluated.
         recipe: The whole recipe; a checkpoint of another one is refused.
@@ -151,12 +152,12 @@ def train(
         groups: Makes the parameter groups once the network is on the device, for instance with
             `surgery.param_groups`; without it all parameters decay by `weight_decay`.
         resume: Whether to go on from the checkpoint in `run_dir`; otherwise the run starts anew over it.
-        device: Where to train.
+        machine: What to train on; None for the CPU, or for all processes of a process group.
         progress: Whether to show a bar on a terminal and a line per epoch elsewhere.
         label: What the bar or the lines begin with.
         on_step: Called after every step.
         on_epoch: Called with the network at the end of every epoch, before the checkpoint: a run that goes on has
-            either called it for an epoch, or calls it again with the same network.
+            either called it for an epoch, or calls it again with the same network. All processes call it.
 
     Returns:
         What happened in every epoch, those before a resume included.
@@ -166,14 +167,15 @@ def train(
         FloatingPointError: The loss is infinite or not a number.
         SystemExit, KeyboardInterrupt: The run was told to stop, and has written a checkpoint.
     """
-    run = _Run(model, criterion, data, recipe, Path(run_dir), groups, torch.device(device))
+    machine = machine or Processes()
+    run = _Run(model, criterion, data, recipe, Path(run_dir), groups, machine)
     state, started = run.start(resume=resume), time.perf_counter()
     with ExitStack() as stack:
-        log = stack.enter_context(closing(StepLog(run.folder / STEPS, state.log_bytes))) if run.leads else None
+        log = stack.enter_context(closing(StepLog(run.folder / STEPS, state.log_bytes))) if machine.leads else None
         # before the signal handlers, which worker processes would inherit
         loader = iter(run.batches.loader(state.step, run.total, recipe.training.workers))
         signals = stack.enter_context(stop_signals())
-        reporter = stack.enter_context(Reporter(label, run.total, state.step, visible=progress and run.leads))
+        reporter = stack.enter_context(Reporter(label, run.total, state.step, visible=progress and machine.leads))
         for images, targets in loader:
             step = run.step(state.step, images, targets)
             _count(state, step)
@@ -187,10 +189,12 @@ def train(
                 if on_epoch:
                     on_epoch(model, epoch)
                 started = time.perf_counter()
-            if log and (finished or signals or state.step % recipe.training.checkpoint_steps == 0):
+            # a signal reaches the processes between different steps
+            told = machine.agree(signals[0] if signals else 0)
+            if finished or told or state.step % recipe.training.checkpoint_steps == 0:
                 run.save(state, log)
-            if signals:
-                stop(signals[0])
+            if told:
+                stop(told)
             if on_step:
                 on_step(step)
     return tuple(Epoch(**epoch) for epoch in state.epochs)
@@ -207,14 +211,11 @@ class _Run:
         recipe: Recipe,
         folder: Path,
         groups: Groups | None,
-        device: torch.device,
+        machine: Machine,
     ) -> None:
-        if device.type == "xla":
-            import torch_xla  # noqa: F401  (registers the device)
-        self.training, self.folder, self.device = recipe.training, folder, device
-        self.model, self.criterion, self.data = model.to(device), criterion, data
-        rank, world = _rank_and_world()
-        self.leads, self._rank = rank == 0, rank
+        self.training, self.folder, self.machine = recipe.training, folder, machine
+        self.model, self.criterion, self.data = model, criterion, data
+        self.runner = machine.place(model)
         t = self.training
         made = groups(model) if groups else [{"params": [p for p in model.parameters() if p.requires_grad]}]
         self.optimizer = torch.optim.SGD(
@@ -227,8 +228,8 @@ class _Run:
             t.seed,
             augment=t.augment,
             drop_last=t.drop_last,
-            rank=rank,
-            world=world,
+            rank=machine.rank,
+            world=machine.processes,
             mixing=Mixing(t.mixup, len(data.classes)) if t.mixup else None,
         )
         self.total = t.epochs * self.batches.per_epoch
@@ -236,20 +237,25 @@ class _Run:
             "recipe": recipe.identity(),
             "data": {"name": data.name, "train": len(data.train), "test": len(data.test)},
         }
+        if machine.processes > 1:  # their number decides what is drawn and what norms see
+            self._identity["processes"] = machine.processes
 
     def start(self, *, resume: bool) -> _State:
         """Make the folder and restore what the checkpoint in it holds."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path, log = self.folder / CHECKPOINT, self.folder / STEPS
-        if not resume:
-            path.unlink(missing_ok=True)
+        if self.machine.leads:
+            checkpoints.tidy(path)
+            if not resume:
+                path.unlink(missing_ok=True)
+        self.machine.agree(0)
         if not path.exists():
             return _State()
         checkpoint = checkpoints.read(path)
         checkpoints.require_same_run(path, checkpoint.identity, self._identity)
-        checkpoints.restore(path, checkpoint, self.model, self.optimizer)
+        checkpoints.restore(path, checkpoint, self.model, self.optimizer, self.machine)
         state = _State(**checkpoint.progress)
-        if self.leads and (not log.exists() or log.stat().st_size < state.log_bytes):
+        if self.machine.leads and (not log.exists() or log.stat().st_size < state.log_bytes):
             message = f"checkpoint {path}: {log.name} beside it is missing or shortened; delete both to start anew."
             raise checkpoints.CheckpointError(message)
         return state
@@ -260,19 +266,20 @@ class _Run:
         rate = learning_rate(self.training, done)
         for group, base in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = base * (rate / self.training.lr)
-        self.model.train()
-        _seed_device(derive_seed("step", self.training.seed, index, self._rank), self.device)
-        images, targets = images.to(self.device), targets.to(self.device)
-        with _autocast(self.device, self.training.amp):
-            loss = self.criterion(self.model(images), targets, done)
+        self.runner.train()
+        self.machine.seed(derive_seed("step", self.training.seed, index, self.machine.rank))
+        images, targets = self.machine.load(images), self.machine.load(targets)
+        with _autocast(self.machine.device, self.training.amp):
+            loss = self.criterion(self.runner(images), targets, done)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise FloatingPointError(f"training: the loss is {value} at step {index}; lower training.lr.")
-        self.optimizer.step()
-        terms = {name: float(term.detach()) for name, term in self.criterion.terms.items()}
-        return Step(index, index // self.batches.per_epoch, rate, value, terms)
+        terms = self.criterion.terms
+        values = torch.stack([value.detach() for value in (loss, *terms.values())])
+        self.machine.update(self.optimizer)
+        total, *parts = self.machine.mean(values)
+        if not math.isfinite(total):
+            raise FloatingPointError(f"training: the loss is {total} at step {index}; lower training.lr.")
+        return Step(index, index // self.batches.per_epoch, rate, total, dict(zip(terms, parts, strict=True)))
 
     def finish_epoch(self, state: _State, step: Step, seconds: float) -> Epoch:
         """Evaluate where it is time to, and add the epoch to the history."""
@@ -280,7 +287,7 @@ class _Run:
         accuracy = None
         if last or (step.epoch + 1) % self.training.evaluate_epochs == 0:
             t = self.training
-            evaluated = evaluate(self.model, self.data.test, device=self.device, amp=t.amp, workers=t.workers)
+            evaluated = evaluate(self.model, self.data.test, device=self.machine.device, amp=t.amp, workers=t.workers)
             accuracy = evaluated.accuracy
         means = {name: value / self.batches.per_epoch for name, value in state.sums.items()}
         terms = {name.removeprefix("term "): mean for name, mean in means.items() if name != "loss"}
@@ -289,11 +296,13 @@ class _Run:
         state.epochs.append(asdict(epoch))
         return epoch
 
-    def save(self, state: _State, log: StepLog) -> None:
-        """Write the checkpoint of what has been logged."""
-        state.log_bytes = log.flush()
-        made = checkpoints.collect(self.model, self.optimizer, self._identity, asdict(state))
-        checkpoints.write(self.folder / CHECKPOINT, made)
+    def save(self, state: _State, log: StepLog | None) -> None:
+        """Write the checkpoint of what has been logged; all processes give what they have of it, the first writes."""
+        if log:
+            state.log_bytes = log.flush()
+        made = checkpoints.collect(self.model, self.optimizer, self._identity, asdict(state), self.machine)
+        if log:
+            checkpoints.write(self.folder / CHECKPOINT, made)
 
 
 def _count(state: _State, step: Step) -> None:
@@ -304,18 +313,3 @@ def _count(state: _State, step: Step) -> None:
 
 def _autocast(device: str | torch.device, amp: bool) -> torch.autocast:
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=amp)
-
-
-def _seed_device(seed: int, device: torch.device) -> None:
-    torch.manual_seed(seed)
-    if device.type == "xla":  # torch.manual_seed does not reach XLA's generator
-        import torch_xla.core.xla_model as xla
-
-        xla.set_rng_state(seed % 2**32, str(device))
-
-
-def _rank_and_world() -> tuple[int, int]:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from inspect import formatannotation, getdoc
+from inspect import cleandoc, formatannotation, getdoc
 from typing import Any
 
 import typer
@@ -140,7 +140,7 @@ def describe_method(provider: Provider) -> dict[str, Any]:
     method = provider.method
     if method is None:
         return {"name": "", **found}
-    summary = (getdoc(method) or "").partition("\n")[0]
+    summary = cleandoc(method.__doc__ or "").partition("\n")[0]  # its own; getdoc would find that of Method
     facts = {"preserves": method.preserves, "stacks": method.stacks, "summary": summary, "options": _options(method)}
     return {"name": method.name, **found, **facts}
 
@@ -176,22 +176,27 @@ def _attributes(docstring: str) -> dict[str, str]:
 def print_methods(found: Sequence[dict[str, Any]], *, verbose: bool) -> None:
     """Print the installed methods, with their options if `verbose`, and the plugins that could not be loaded."""
     usable = [method for method in found if not method["error"]]
-    rows = []
-    for method in usable:
-        origin = f"{method['distribution']} {method['version']}".strip()
-        rows.append(
-            (
-                method["name"],
-                _PRESERVES[method["preserves"]],
-                "yes" if method["stacks"] else "no",
-                origin,
-                method["summary"],
-            )
+    rows = [
+        (
+            method["name"],
+            _PRESERVES[method["preserves"]],
+            "yes" if method["stacks"] else "no",
+            _origin(method),
+            method["summary"],
         )
+        for method in usable
+    ]
     print_table(("method", "keeps", "stacks", "from", "what it does"), rows)
     for method in usable if verbose else []:
-        typer.echo(f"\n{method['name']}: options, as -o NAME=VALUE")
-        print_table(("name", "type", "default", "what it is"), [tuple(option.values()) for option in method["options"]])
+        options = "options, as -o NAME=VALUE" if method["options"] else "no options"
+        typer.echo(f"\n{method['name']}, from {_origin(method)}, entry point {method['entry_point']!r}: {options}")
+        if method["options"]:
+            rows = [tuple(option.values()) for option in method["options"]]
+            print_table(("name", "type", "default", "what it is"), rows)
     for method in found:
         if method["error"]:
             typer.echo(f"not usable: {method['entry_point']} of {method['distribution']}: {method['error']}", err=True)
+
+
+def _origin(method: dict[str, Any]) -> str:
+    return f"{method['distribution']} {method['version']}".strip()

@@ -13,18 +13,21 @@ implements the one hook:
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
+from typing import get_args
 
 import pluggy
 
 from surgery.errors import PluginError
-from surgery.method import Method
+from surgery.method import Method, Preserves
 
 GROUP = "surgery"
 hookspec = pluggy.HookspecMarker(GROUP)
@@ -72,16 +75,19 @@ def methods() -> Mapping[str, type[Method]]:
             continue
         name = provider.method.name
         if name in found:
-            other = found[name]
-            raise PluginError(
-                f"the method {name!r} is provided by {other.distribution} {other.version} and by "
-                f"{provider.distribution} "
-                f"{provider.version}; uninstall one of them, or block it with "
-                f"SURGERY_BLOCK_PLUGINS={provider.entry_point}"
-            )
+            raise PluginError(_clash(name, found[name], provider))
         found[name] = provider
     known = {name: provider.method for name, provider in sorted(found.items())}
     return MappingProxyType({name: method for name, method in known.items() if method is not None})
+
+
+def _clash(name: str, first: Provider, second: Provider) -> str:
+    # Two packages that chose one name for the method often chose it for the entry point too.
+    block = second.distribution if second.entry_point == first.entry_point else second.entry_point
+    return (
+        f"the method {name!r} is provided by {first.distribution} {first.version} and by {second.distribution} "
+        f"{second.version}; uninstall one of them, or block it with SURGERY_BLOCK_PLUGINS={block}"
+    )
 
 
 def provider_of(method: type[Method]) -> Provider:
@@ -96,25 +102,30 @@ def provider_of(method: type[Method]) -> Provider:
 def providers() -> tuple[Provider, ...]:
     """Load every plugin once and return what each provides, sorted by entry point.
 
-    The environment variable SURGERY_BLOCK_PLUGINS holds entry point names, separated by commas, that are not loaded;
-    SURGERY_PLUGINS, if set, holds the only ones that are.
+    The environment variable SURGERY_BLOCK_PLUGINS holds names of entry points or distributions, separated by commas,
+    that are not loaded; SURGERY_PLUGINS, if set, holds the only ones that are.
     """
     found: list[Provider] = []
     for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
-        if _allowed(point.name):
+        if _allowed(point):
             found += _load(point)
     return tuple(found)
 
 
-def _allowed(name: str) -> bool:
-    blocked = _names("SURGERY_BLOCK_PLUGINS") or set()
+def _allowed(point: EntryPoint) -> bool:
+    called = {_normalized(point.name), *([_normalized(point.dist.name)] if point.dist else [])}
     only = _names("SURGERY_PLUGINS")
-    return name not in blocked and (only is None or name in only)
+    return not called & (_names("SURGERY_BLOCK_PLUGINS") or set()) and (only is None or bool(called & only))
 
 
 def _names(variable: str) -> set[str] | None:
     value = os.environ.get(variable)
-    return None if value is None else {name.strip() for name in value.split(",") if name.strip()}
+    return None if value is None else {_normalized(name) for name in value.split(",") if name.strip()}
+
+
+def _normalized(name: str) -> str:
+    """Return a name as package indexes compare it: `Surgery_Scaled` is `surgery-scaled`."""
+    return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
 def _load(point: EntryPoint) -> list[Provider]:
@@ -124,12 +135,11 @@ def _load(point: EntryPoint) -> list[Provider]:
         classes = _registered(point)
         for cls in classes:
             _check(cls)
-    except Exception as error:  # a plugin can fail in any way, and must not take the others down
-        reason = f"{type(error).__name__}: {error}"
+    except (Exception, SystemExit) as error:  # a plugin can fail in any way, and must not take the others down
+        reason = " ".join(f"{type(error).__name__}: {error}".split())  # on one line
         warnings.warn(
             f"the surgery plugin {point.name!r} of {distribution} {version} cannot be loaded and is ignored "
-            f"({reason}); "
-            f"repair or uninstall it, or set SURGERY_BLOCK_PLUGINS={point.name}",
+            f"({reason}); repair or uninstall it, or set SURGERY_BLOCK_PLUGINS={point.name}",
             stacklevel=2,
         )
         return [Provider(None, point.name, distribution, version, reason)]
@@ -156,3 +166,14 @@ def _check(cls: type[Method]) -> None:
     for attribute in ("name", "preserves"):
         if not isinstance(getattr(cls, attribute, None), str):
             raise PluginError(f"{cls.__name__} has no class attribute {attribute!r}")
+    if cls.preserves not in get_args(Preserves):
+        raise PluginError(
+            f"{cls.__name__} preserves {cls.preserves!r}, expected one of {', '.join(get_args(Preserves))}"
+        )
+    lost = [] if "__dataclass_fields__" in vars(cls) else _options(cls)
+    if lost:
+        raise PluginError(f"the options {', '.join(lost)} of {cls.__name__} need @dataclass(frozen=True) on the class")
+
+
+def _options(cls: type[Method]) -> list[str]:
+    return [name for name, hint in inspect.get_annotations(cls).items() if "ClassVar" not in str(hint)]

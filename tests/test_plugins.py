@@ -13,6 +13,7 @@ import surgery
 import surgery.testing
 import surgery_coded
 from surgery import plugins
+from surgery.cli_report import describe_method, print_methods
 from surgery.errors import PluginError
 from surgery.plugins import Provider, hookimpl
 from tests.toys import Toy, installed, package, point
@@ -73,6 +74,20 @@ def test_plugin_that_fails_to_import_is_left_out(monkeypatch):
         raise ImportError("no module named quux")
 
     broken(monkeypatch, load, "ImportError: no module named quux")
+
+
+def test_plugin_that_ends_the_process_is_left_out(monkeypatch):
+    def load():
+        raise SystemExit("no licence")
+
+    broken(monkeypatch, load, "SystemExit: no licence")
+
+
+def test_reason_of_several_lines_is_told_on_one(monkeypatch):
+    def load():
+        raise RuntimeError("first\n  second")
+
+    broken(monkeypatch, load, r"RuntimeError: first second\)")
 
 
 def test_plugin_that_exits_while_it_is_asked_is_left_out(monkeypatch):
@@ -138,6 +153,30 @@ def test_method_without_a_name_is_refused(monkeypatch):
     broken(monkeypatch, package(Nameless).load, "PluginError: Nameless has no class attribute 'name'")
 
 
+def test_unknown_claim_is_refused_with_the_known_ones(monkeypatch):
+    class Boastful(Toy):
+        preserves: ClassVar[str] = "everything"
+
+    broken(
+        monkeypatch,
+        package(Boastful).load,
+        "PluginError: Boastful preserves 'everything', expected one of output, weights, nothing",
+    )
+
+
+def test_options_that_would_be_lost_are_refused(monkeypatch):
+    """Without the decorator, `rate` is a plain attribute: nobody could set it, and no record would hold it."""
+
+    class Undecorated(Toy):
+        rate: float = 0.5
+
+    broken(
+        monkeypatch,
+        package(Undecorated).load,
+        r"PluginError: the options rate of Undecorated need @dataclass\(frozen=True\) on the class",
+    )
+
+
 def test_two_packages_of_one_name_are_an_error_that_names_both(monkeypatch):
     class Second(Toy):
         pass
@@ -151,6 +190,21 @@ def test_two_packages_of_one_name_are_an_error_that_names_both(monkeypatch):
     )
     with pytest.raises(PluginError, match=expected):
         surgery.methods()
+
+
+def test_clash_of_equal_entry_points_is_resolved_by_the_name_of_a_distribution(monkeypatch):
+    """Blocking the entry point would block both."""
+
+    class Second(Toy):
+        pass
+
+    first, second = (package(cls, name="toy", distribution=name) for cls, name in ((Toy, "first"), (Second, "second")))
+    installed(monkeypatch, first, second)
+    with pytest.raises(PluginError, match=r"SURGERY_BLOCK_PLUGINS=second$"):
+        surgery.methods()
+    monkeypatch.setenv("SURGERY_BLOCK_PLUGINS", "second")
+    installed(monkeypatch, first, second)
+    assert surgery.methods()["toy"] is Toy
 
 
 def test_blocking_one_of_two_resolves_the_clash(monkeypatch):
@@ -175,6 +229,9 @@ def test_blocking_one_of_two_resolves_the_clash(monkeypatch):
         ("", None, []),
         (None, "coded,others", sorted({*SHIPPED, "toy"} - {"coded"})),
         ("coded,toys", "coded", ["toy"]),
+        ("surgery", None, SHIPPED),
+        (None, "Surgery_Toys", SHIPPED),
+        ("surgery-toys", "others", ["toy"]),
     ],
 )
 def test_environment_variables_choose_what_is_loaded(monkeypatch, only, blocked, found):
@@ -208,6 +265,21 @@ def test_plugins_are_loaded_once(monkeypatch):
     for _ in range(3):
         surgery.methods()
     assert loads == [1]
+
+
+def test_listing_says_where_a_method_comes_from_and_what_it_lacks(monkeypatch, capsys):
+    """Its own docstring, not that of `Method`; no options, not an empty table."""
+
+    class Bare(surgery.Method):
+        name: ClassVar[str] = "bare"
+        preserves: ClassVar[str] = "output"
+        transform = losses = plan = Toy.plan
+
+    installed(monkeypatch, package(Bare, version="1.5"), beside=False)
+    (found,) = [describe_method(provider) for provider in plugins.providers()]
+    assert (found["summary"], found["options"]) == ("", [])
+    print_methods([found], verbose=True)
+    assert capsys.readouterr().out.endswith("\n\nbare, from surgery-toys 1.5, entry point 'toys': no options\n")
 
 
 def test_unknown_method_lists_the_installed_ones(monkeypatch):

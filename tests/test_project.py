@@ -323,13 +323,14 @@ def test_code_of_the_pages_runs(page, tmp_path, monkeypatch, capsys):
 
 
 def test_the_method_of_the_readme_keeps_the_laws(monkeypatch):
-    """The page says that the kit holds it to the laws: what it shows must pass them."""
+    """The page shows the example package, and says that the kit holds it to the laws: what it shows must pass them."""
+    source = ROOT / "examples" / "third_party" / "surgery_scaled.py"
     (block,) = [block for block in blocks(ROOT / "README.md") if "hookimpl" in block and "(Method)" in block]
-    module = types.ModuleType("readme_method")
-    module.__dict__.update({"torch": torch, "nn": torch.nn})
-    monkeypatch.setitem(sys.modules, "readme_method", module)  # dataclasses look their module up by name
-    exec(compile(block.partition("\nscaled = ")[0], "README.md", "exec"), module.__dict__)
-    installed(monkeypatch, package(module.Scaled))
+    assert block == source.read_text(encoding="utf-8"), f"README and {named(source)} differ"
+    module = types.ModuleType("surgery_scaled")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look their module up by name
+    exec(compile(block, source, "exec"), module.__dict__)
+    installed(monkeypatch, package(*module.surgery_register_methods()))
     build = {"resnext11": lambda: unsettle(timm.create_model("resnext11_4x4d"))}
     report = check_method("scaled", build, criteria={"below": 2.0})
     assert "pruned_smaller" in report.held["resnext11"]

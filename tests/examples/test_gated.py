@@ -16,6 +16,7 @@ import torch
 
 import data
 import gated as example
+import machines
 import networks
 import operating
 import pairs
@@ -152,7 +153,7 @@ def ended(number):
 def test_rates_are_those_of_gates_that_are_drawn_on_the_given_images(tmp_path, digits):
     """P(open) of a fresh dependent layer gate is sigmoid(1.9) = 0.8699, whatever the image; of 144 draws about 125."""
     model = gated()
-    log = rates.RateLog(tmp_path / "rates.json", digits.train)
+    log = rates.RateLog(tmp_path / "rates.json", digits.train, machines.Processes())
     log(model, ended(0))
     (entry,) = log.read()
     assert (entry["epoch"], entry["images"], entry["mode"]) == (1, 48, "Stochastic()")
@@ -164,7 +165,7 @@ def test_rates_are_those_of_gates_that_are_drawn_on_the_given_images(tmp_path, d
 
 def test_an_epoch_that_is_trained_again_replaces_its_entry_and_those_behind_it(tmp_path, digits):
     model = gated(dependent=False)
-    log = rates.RateLog(tmp_path / "rates.json", digits.train)
+    log = rates.RateLog(tmp_path / "rates.json", digits.train, machines.Processes())
     for number in (0, 1, 2):
         log(model, ended(number))
     first = log.read()[0]
@@ -181,7 +182,7 @@ def test_an_epoch_that_is_trained_again_replaces_its_entry_and_those_behind_it(t
 
 def test_a_damaged_log_is_refused(tmp_path, digits):
     (tmp_path / "rates.json").write_text('[{"epoch": 1')
-    log = rates.RateLog(tmp_path / "rates.json", digits.train)
+    log = rates.RateLog(tmp_path / "rates.json", digits.train, machines.Processes())
     with pytest.raises(ValueError, match=r"rates\.json: no JSON .*delete it to go on without the epochs so far"):
         log(gated(), ended(1))
 
@@ -256,7 +257,7 @@ def test_the_converted_network_starts_from_the_weights_that_the_recipe_names(tmp
 
     monkeypatch.setattr(pairs, "train", train)
     recipe = Recipe(model=Component("resnet20"), training=Training(start=start))
-    options = {"resume": False, "device": "cpu", "on_epoch": print}
+    options = {"resume": False, "machine": machines.Processes(), "on_epoch": print}
     pair = pairs.train_both(recipe, digits, tmp_path, Component("gated", {"target": 0.4}), **options)
     assert torch.equal(begun["gated"], begun["plain"] + gap)
     assert folders == {"plain": tmp_path / "plain", "gated": tmp_path / "gated"}

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import checkpoints
 import networks
+from machines import Processes
 from recipe import Component, RecipeError
 
 
@@ -58,7 +59,7 @@ def test_weights_come_from_the_checkpoint_of_a_run(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model(torch.randn(2, 3, 16, 16)).sum().backward()
     optimizer.step()
-    checkpoints.write(tmp_path / "c.safetensors", checkpoints.collect(model, optimizer, {}, {}))
+    checkpoints.write(tmp_path / "c.safetensors", checkpoints.collect(model, optimizer, {}, {}, Processes()))
     assert_same_weights(networks.build(wanted(weights=str(tmp_path / "c.safetensors")), 10), model.state_dict())
 
 

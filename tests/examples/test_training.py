@@ -18,6 +18,7 @@ import reports
 import splits
 import training
 from data import Data
+from machines import Processes
 from recipe import Component, Recipe, RecipeError, Training
 from warps import shift_and_rotate
 
@@ -206,7 +207,7 @@ def test_damaged_foreign_and_logless_checkpoints_are_refused(tmp_path):
     with pytest.raises(checkpoints.CheckpointError, match="cannot be read"):
         run(tmp_path)
     checkpoints.save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(checkpoints.CheckpointError, match="format none, expected surgery-training-1"):
+    with pytest.raises(checkpoints.CheckpointError, match="format none, expected surgery-training-2"):
         run(tmp_path)
 
 
@@ -234,11 +235,11 @@ def test_tied_weights_and_optimizer_state_survive_a_checkpoint(tmp_path):
     for _ in range(2):
         model(torch.ones(1, 3)).sum().backward()
         optimizer.step()
-    checkpoints.write(tmp_path / "c", checkpoints.collect(model, optimizer, {}, {"step": 2}))
+    checkpoints.write(tmp_path / "c", checkpoints.collect(model, optimizer, {}, {"step": 2}, Processes()))
     expected = optimizer.state_dict()["state"]
     read = checkpoints.read(tmp_path / "c")
     fresh = torch.optim.Adam(model.parameters())
-    checkpoints.restore(tmp_path / "c", read, model, fresh)
+    checkpoints.restore(tmp_path / "c", read, model, fresh, Processes())
     restored = fresh.state_dict()["state"]
     assert restored.keys() == expected.keys() == {0, 1, 2}
     assert all(torch.equal(restored[k][name], value) for k in expected for name, value in expected[k].items())
@@ -416,14 +417,25 @@ def test_a_shortened_recipe_has_no_warm_up_and_no_steps():
 def test_ranks_share_a_batch_without_overlap():
     split = tiny_data().train
     whole_batches = batches.Batches(split, 8, seed=3)
-    parts = [batches.Batches(split, 8, seed=3, rank=rank, world=3) for rank in range(3)]
-    for step in (0, 7, 8):
+    parts = [batches.Batches(split, 8, seed=3, rank=rank, world=4) for rank in range(4)]
+    for step in (0, 7, 8):  # the last batch of an epoch, 7, has four samples
         joined = torch.cat([part.indices(step) for part in parts])
         assert joined.sort().values.equal(whole_batches.indices(step).sort().values)
     epoch = torch.cat([whole_batches.indices(step) for step in range(8)])
     assert epoch.sort().values.equal(torch.arange(60))
     assert not whole_batches.indices(0).equal(whole_batches.indices(8))
     assert batches.Batches(split, 8, seed=3, drop_last=True).per_epoch == 7
+
+
+def test_ranks_have_equally_many_samples_also_of_an_incomplete_batch():
+    split = tiny_data().train  # 60 samples: 16, 16, 16 and 12
+    parts = [batches.Batches(split, 16, seed=3, rank=rank, world=8) for rank in range(8)]
+    assert [part.per_epoch for part in parts] == [4] * 8
+    assert [len(part.indices(3)) for part in parts] == [1] * 8
+    assert len({int(part.indices(3)) for part in parts}) == 8
+    assert batches.Batches(split, 16, seed=3, world=16).per_epoch == 3  # 12 samples are too few for 16 processes
+    with pytest.raises(ValueError, match="3 processes cannot share 16 samples"):
+        batches.Batches(split, 16, seed=3, world=3)
 
 
 def test_labelled_batches_are_the_whole_split_in_order_each_time():
