@@ -2,28 +2,58 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import struct
-import tempfile
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from surgery.conversion import CONVERSION, INCOMPLETE, apply_method, method_class, prepare
+from surgery.conversion import ARCHITECTURE, CONVERSION, INCOMPLETE, apply_method, method_class, prepare
 from surgery.errors import CheckpointError, PluginError, SurgeryError
-from surgery.history import Conversion, Operation
+from surgery.history import CURE, Conversion, Operation, Source, parse_json, read_fields
 from surgery.network import ConvertedNetwork
 from surgery.pruning import PrunePlan, apply_plan
-from surgery.sources import Factory, find_builder, rebuild
+from surgery.sources import Factory, find_builder, rebuild, refuse_size
+from surgery.storage import read_file, write_file
+from surgery.tracing import refuse_wrapped
 
-_RECORD, _STATE, _DIGEST = "surgery.record", "surgery.state", "surgery.sha256"
+_RECORD, _STATE = "surgery.record", "surgery.state"
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a network has besides its weights.
+
+    Attributes:
+        mode: That of the network.
+        evaluating: Modules that are in eval mode while the network is in train mode.
+        frozen: Parameters without gradient.
+        aliases: Tied name -> the name that the tensor is stored under.
+    """
+
+    mode: Literal["train", "eval"]
+    evaluating: tuple[str, ...]
+    frozen: tuple[str, ...]
+    aliases: Mapping[str, str]
+
+    @classmethod
+    def of(cls, model: ConvertedNetwork, aliases: Mapping[str, str]) -> Self:
+        frozen = tuple(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+        evaluating = tuple(name for name, module in model.named_modules() if not module.training)
+        everything = sum(1 for _ in model.named_modules())
+        is_whole = len(evaluating) == everything
+        return cls("eval" if is_whole else "train", () if is_whole else evaluating, frozen, aliases)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        try:
+            return read_fields(cls, parse_json(text))
+        except ValueError as error:
+            raise CheckpointError(f"the state of the network is incomplete or edited ({error}); {CURE}") from error
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, factory: Factory | None = None) -> None:
@@ -38,6 +68,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, factory: Factory | N
 
     Raises:
         CheckpointError: If the model is not converted or not whole, or could not be rebuilt from the file.
+        UnsupportedModel: If the model is sharded.
     """
     if not isinstance(model, ConvertedNetwork):
         raise CheckpointError(
@@ -45,13 +76,13 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, factory: Factory | N
             "torch.save(model.state_dict(), "
             "path), or unwrap it (model.module, model._orig_mod) if it is wrapped"
         )
+    refuse_wrapped(model)
     if INCOMPLETE in model.meta:
         raise CheckpointError(f"save: found {model.meta[INCOMPLETE]}")
     record = _rebuildable(model.meta[CONVERSION], factory)
     tensors, aliases = _tensors(model)
-    metadata = {_RECORD: record.to_json(), _STATE: json.dumps(_state(model, aliases))}
-    metadata[_DIGEST] = _digest(metadata, tensors)
-    _write(Path(path), save_tensors(tensors, metadata))
+    state = json.dumps(asdict(_State.of(model, aliases)))
+    write_file(Path(path), tensors, {_RECORD: record.to_json(), _STATE: state})
 
 
 def load(path: str | os.PathLike[str], factory: Factory | None = None) -> ConvertedNetwork:
@@ -65,13 +96,14 @@ def load(path: str | os.PathLike[str], factory: Factory | None = None) -> Conver
         CheckpointError: If the file is missing, damaged, edited, foreign or newer, or does not fit the rebuilt network.
         PluginError: If the plugin of a method in the record is not installed.
     """
-    metadata, tensors = _read(Path(path))
-    record = Conversion.from_json(metadata[_RECORD])
-    state = json.loads(metadata[_STATE])
+    metadata, tensors = read_file(Path(path), (_RECORD, _STATE))
     try:
-        network = _replay(record, factory)
-        _restore(network, tensors, state)
-    except CheckpointError as error:
+        record, state = Conversion.from_json(metadata[_RECORD]), _State.from_json(metadata[_STATE])
+        with torch.random.fork_rng(devices=[]):
+            network = _restored(rebuild(record.source, factory), record, tensors, state)
+    except PluginError as error:
+        raise PluginError(f"{path}: {error}") from error
+    except SurgeryError as error:
         raise CheckpointError(f"{path}: {error}") from error
     network.meta[CONVERSION] = record
     return network
@@ -133,96 +165,43 @@ def _tensors(model: ConvertedNetwork) -> tuple[dict[str, Tensor], dict[str, str]
     return tensors, aliases
 
 
-def _state(model: ConvertedNetwork, aliases: dict[str, str]) -> dict[str, Any]:
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    evaluating = [name for name, module in model.named_modules() if not module.training]
-    everything = sum(1 for _ in model.named_modules())
-    mode = "eval" if len(evaluating) == everything else "train"
-    return {"mode": mode, "evaluating": [] if mode == "eval" else evaluating, "frozen": frozen, "aliases": aliases}
-
-
-def _digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    digest.update(metadata[_RECORD].encode())
-    digest.update(metadata[_STATE].encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return digest.hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    if path.is_dir() or not path.parent.is_dir():
-        raise CheckpointError(f"{path}: cannot be written; expected the path of a file in an existing folder")
-    handle, temporary = tempfile.mkstemp(dir=path.parent or Path(), prefix=f".{path.name}.")
+def _restored(model: nn.Module, record: Conversion, tensors: Mapping[str, Tensor], state: _State) -> ConvertedNetwork:
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    metadata = _header(path, data)
-    missing = [key for key in (_RECORD, _STATE, _DIGEST) if not isinstance(metadata.get(key), str)]
-    if missing:
-        raise CheckpointError(
-            f"{path}: a safetensors file without {', '.join(missing)}; it was not written by surgery.save"
-        )
-    try:
-        tensors = load_tensors(data)
-    except Exception as error:  # safetensors raises its own class for every kind of damage
-        raise CheckpointError(
-            f"{path}: truncated or damaged ({error}); restore it from a backup or save it again"
-        ) from error
-    if _digest(metadata, tensors) != metadata[_DIGEST]:
-        raise CheckpointError(f"{path}: its checksum does not match, so it was edited or damaged; save the model again")
-    return metadata, tensors
-
-
-def _header(path: Path, data: bytes) -> dict[str, str]:
-    try:
-        (length,) = struct.unpack("<Q", data[:8])
-        if length > len(data) - 8:
-            raise ValueError(f"its header claims {length} bytes, the file has {len(data)}")
-        header = json.loads(data[8 : 8 + length])
-        metadata = header.get("__metadata__", {})
-        return metadata if isinstance(metadata, dict) else {}
-    except (struct.error, ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: not a safetensors file, or truncated ({error}); pass a file written by surgery.save"
-        ) from error
-
-
-def _replay(record: Conversion, factory: Factory | None) -> ConvertedNetwork:
-    network: ConvertedNetwork | None = None
-    with torch.random.fork_rng(devices=[]):
-        model = rebuild(record.source, factory)
         for operation in record.operations:
-            network = _redo(model if network is None else network, operation)
-    if network is None:
-        raise CheckpointError("the record holds no conversion; the file is damaged")
+            model = _redo(model, operation)
+        network = _converted(model, "ends")
+        _refuse_other_source(network, record.source)
+        _restore(network, {**tensors, **_tied(tensors, state.aliases)}, state)
+    except (CheckpointError, PluginError):
+        raise
+    except Exception as error:  # a record that was edited may ask anything of torch, timm and the methods
+        raise CheckpointError(
+            "the record does not describe a network that this version can rebuild "
+            f"({type(error).__name__}: {error}); {CURE}"
+        ) from error
     return network
+
+
+def _refuse_other_source(network: ConvertedNetwork, source: Source) -> None:
+    found: Source = network.meta[CONVERSION].source
+    if (found.classes, found.in_channels) != (source.classes, source.in_channels):
+        raise CheckpointError(
+            f"the record is one of {source.classes} classes and {source.in_channels} channels, found a network of "
+            f"{found.classes} and {found.in_channels}; {CURE}"
+        )
+
+
+def _converted(model: nn.Module, where: str) -> ConvertedNetwork:
+    if not isinstance(model, ConvertedNetwork):
+        raise CheckpointError(f"the record {where} without a conversion, expected one first; {CURE}")
+    return model
 
 
 def _redo(model: nn.Module, operation: Operation) -> ConvertedNetwork:
     if operation.kind == "classifier":
-        assert isinstance(model, ConvertedNetwork)
-        options = operation.options
-        model.reset_classifier(options["num_classes"], *options["args"], **options["kwargs"])
-        return model
+        return _reset(_converted(model, "begins"), operation.options)
     if operation.kind == "prune":
-        assert isinstance(model, ConvertedNetwork)
-        return apply_plan(model, PrunePlan.from_dict(operation.options))
+        return apply_plan(_converted(model, "begins"), PrunePlan.from_dict(operation.options))
     try:
         method = method_class(operation.method).from_options(operation.options)
     except PluginError as error:
@@ -234,28 +213,82 @@ def _redo(model: nn.Module, operation: Operation) -> ConvertedNetwork:
     return apply_method(network, method, decisions=dict(operation.decisions), size=operation.input_size)
 
 
-def _restore(network: ConvertedNetwork, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    weights = {**tensors, **{name: tensors[kept] for name, kept in state["aliases"].items()}}
-    expected = network.state_dict()
-    unknown, lost = sorted(weights.keys() - expected.keys()), sorted(expected.keys() - weights.keys())
-    shapes = [key for key in weights.keys() & expected.keys() if weights[key].shape != expected[key].shape]
-    if unknown or lost or shapes:
+def _reset(network: ConvertedNetwork, options: Mapping[str, Any]) -> ConvertedNetwork:
+    classes, head = options["num_classes"], network.meta[ARCHITECTURE].head
+    if head.path is not None and head.classes:
+        weights = sum(parameter.numel() for parameter in network.get_submodule(head.path).parameters())
+        refuse_size(f"{head.path}: the classifier", weights // head.classes * classes)
+    network.reset_classifier(classes, *options["args"], **options["kwargs"])
+    return network
+
+
+def _tied(tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> dict[str, Tensor]:
+    wrong = sorted(name for name, kept in aliases.items() if name in tensors or kept not in tensors)
+    if wrong:
         raise CheckpointError(
-            f"the weights do not fit the rebuilt network: unknown {unknown[:3]}, missing {lost[:3]}, other shape "
-            f"{shapes[:3]}; "
-            "the file was written by another version of the method or of the network's library"
+            f"the state of the network ties {wrong[:3]}, expected names without a tensor of their own, tied to some "
+            f"that have one; {CURE}"
         )
+    return {name: tensors[kept] for name, kept in aliases.items()}
+
+
+def _restore(network: ConvertedNetwork, weights: Mapping[str, Tensor], state: _State) -> None:
+    expected = network.state_dict(keep_vars=True)
+    _refuse_misfits(weights, expected)
     # In place, so that tied weights stay tied; each tensor takes the dtype it was stored with.
-    for name, tensor in network.state_dict(keep_vars=True).items():
+    for name, tensor in expected.items():
         tensor.data = weights[name]
     for name, module in network.named_modules():
         key = f"{name}._extra_state" if name else "_extra_state"
         if key in weights:  # torch made it for the state dict; the module has to be told
             module.set_extra_state(weights[key])
-    frozen, evaluating = set(state["frozen"]), set(state["evaluating"])
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_(name not in frozen)
-    network.train(state["mode"] == "train")
-    for name, module in network.named_modules():
-        if name in evaluating:
-            module.training = False
+    _refuse_changes(weights, network.state_dict())
+    _set_modes(network, state)
+
+
+def _refuse_misfits(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    unknown, lost = sorted(weights.keys() - expected.keys()), sorted(expected.keys() - weights.keys())
+    both = sorted(weights.keys() & expected.keys())
+    shapes = [key for key in both if weights[key].shape != expected[key].shape]
+    kinds = [key for key in both if _kind(weights[key]) != _kind(expected[key])]
+    if unknown or lost or shapes or kinds:
+        raise CheckpointError(
+            f"the weights do not fit the rebuilt network: unknown {unknown[:3]}, missing {lost[:3]}, other shape "
+            f"{shapes[:3]}, other type {kinds[:3]}; "
+            "the file was written by another version of the method or of the network's library: install that one, or "
+            "save the model again"
+        )
+
+
+def _kind(tensor: Tensor) -> str:
+    return "floating point" if tensor.is_floating_point() else str(tensor.dtype)
+
+
+def _refuse_changes(weights: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Refuse a network that does not hold what the file does, such as one with ties where the file has none."""
+    changed = [name for name, tensor in weights.items() if not _same(tensor, found[name])]
+    if changed:
+        raise CheckpointError(
+            f"the rebuilt network does not keep the stored {changed[:3]}, expected it to hold every tensor as it is; "
+            f"the file was edited, or factory= builds a network with other ties: pass the one of save, or {CURE}"
+        )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a, b) or torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))  # NaN
+
+
+def _set_modes(network: ConvertedNetwork, state: _State) -> None:
+    parameters, modules = dict(network.named_parameters()), dict(network.named_modules())
+    unknown = sorted({*state.frozen} - parameters.keys()) + sorted({*state.evaluating} - modules.keys())
+    if unknown:
+        raise CheckpointError(
+            f"the state of the network names {unknown[:3]}, expected modules and parameters that it has; {CURE}"
+        )
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name not in state.frozen)
+    network.train(state.mode == "train")
+    for name in state.evaluating:
+        modules[name].training = False

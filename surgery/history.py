@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, Self, TypeVar
+import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from types import UnionType
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from surgery.errors import CheckpointError
 
 FORMAT = 1
 """Version of the record; a reader refuses what is newer."""
+
+CURE = "restore the file from a backup, or save the model again"
+"""What helps against damage."""
 
 Kind = Literal["convert", "prune", "classifier"]
 T = TypeVar("T")
@@ -115,33 +120,100 @@ class Conversion:
             CheckpointError: If the text is no record, is damaged, or was written by a newer version.
         """
         try:
-            data = json.loads(text)
+            data = parse_json(text)
         except ValueError as error:
-            raise CheckpointError(f"the record is not JSON ({error}); the file is damaged or foreign") from error
+            raise CheckpointError(f"the record is not JSON ({error}); {CURE}") from error
         if not isinstance(data, dict) or "format" not in data:
-            raise CheckpointError("the record has no format number; the file was not written by surgery.save")
-        if not isinstance(data["format"], int) or data["format"] > FORMAT:
+            raise CheckpointError(f"the record has no format number, expected one of surgery.save; {CURE}")
+        if type(data["format"]) is not int or not 1 <= data["format"] <= FORMAT:
             raise CheckpointError(
-                f"the record has format {data['format']}, this version reads up to {FORMAT}; upgrade surgery to load it"
+                f"the record has format {reprlib.repr(data['format'])}, this version reads 1 to {FORMAT}; upgrade "
+                "surgery to load it"
             )
         try:
-            source = _build(Source, data["source"])
-            return cls(source, tuple(_operation(item) for item in data["operations"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the record is incomplete or edited ({type(error).__name__}: {error})") from error
+            return read_fields(cls, {name: value for name, value in data.items() if name != "format"})
+        except ValueError as error:
+            raise CheckpointError(f"the record is incomplete or edited ({error}); {CURE}") from error
 
 
-def _operation(data: Mapping[str, Any]) -> Operation:
-    operation = _build(Operation, data)
-    if operation.kind not in ("convert", "prune", "classifier"):
-        raise ValueError(f"unknown kind of operation {operation.kind!r}")
-    sites = tuple(_build(Site, site) for site in data["sites"])
-    size = tuple(data["input_size"]) if data["input_size"] is not None else None
-    return replace(operation, sites=sites, input_size=size)
+def parse_json(text: str | bytes) -> Any:
+    """Read JSON that says everything once.
+
+    Raises:
+        ValueError: If it is not JSON, gives a name twice in one object, or is nested too deeply to be read.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
-def _build(cls: type[T], data: Mapping[str, Any]) -> T:
+def read_fields(cls: type[T], data: object) -> T:
+    """Build a dataclass from JSON values: all of its fields, no others, each of the type of its annotation.
+
+    Raises:
+        ValueError: With the field, what was found, and what was expected.
+    """
     names = {item.name for item in fields(cls)}  # type: ignore[arg-type]
-    if set(data) != names:
-        raise ValueError(f"{cls.__name__} has the fields {sorted(data)}, expected {sorted(names)}")
-    return cls(**data)
+    if not isinstance(data, Mapping) or set(data) != names:
+        found = f"the fields {sorted(map(str, data))}" if isinstance(data, Mapping) else reprlib.repr(data)
+        raise ValueError(f"{cls.__name__} has {found}, expected {sorted(names)}")
+    hints = get_type_hints(cls)
+    return cls(**{name: _value(data[name], hints[name], f"{cls.__name__}.{name}") for name in names})
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"a name is given twice among {reprlib.repr([name for name, _ in pairs])}")
+    return found
+
+
+def _value(value: Any, hint: Any, where: str) -> Any:
+    """Return what a field annotated `hint` holds for a JSON value; a list becomes the tuple that it stood for."""
+    if is_dataclass(hint):
+        return read_fields(hint, value)  # type: ignore[arg-type]
+    reader = _READERS.get(get_origin(hint))
+    if reader is not None:
+        return reader(value, hint, where)
+    if hint is not Any and type(value) is not hint:
+        raise _unexpected(value, hint, where)
+    return value
+
+
+def _tuple(value: Any, hint: Any, where: str) -> tuple[Any, ...]:
+    kinds = get_args(hint)
+    if isinstance(value, (list, tuple)) and kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(value)
+    if not isinstance(value, (list, tuple)) or len(kinds) != len(value):
+        raise _unexpected(value, hint, where)
+    return tuple(_value(item, kind, f"{where}[{i}]") for i, (item, kind) in enumerate(zip(value, kinds, strict=True)))
+
+
+def _mapping(value: Any, hint: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise _unexpected(value, hint, where)
+    return {key: _value(item, get_args(hint)[1], f"{where}[{key!r}]") for key, item in value.items()}
+
+
+def _choice(value: Any, hint: Any, where: str) -> Any:
+    if value not in get_args(hint):
+        raise _unexpected(value, hint, where)
+    return value
+
+
+def _optional(value: Any, hint: Any, where: str) -> Any:
+    return None if value is None else _value(value, get_args(hint)[0], where)
+
+
+def _unexpected(value: Any, hint: Any, where: str) -> ValueError:
+    expected = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
+    return ValueError(f"{where} is {reprlib.repr(value)}, expected {expected}")
+
+
+_READERS: Mapping[Any, Callable[[Any, Any, str], Any]] = {
+    tuple: _tuple,
+    Mapping: _mapping,
+    Literal: _choice,
+    UnionType: _optional,  # of which every one here is "or None"
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 import types
 import typing
 from abc import ABC, abstractmethod
@@ -150,9 +151,8 @@ class Method(ABC):
                 )
             if not _fits(value, hints[name]):
                 expected = _expected(str(fields[name].type), hints[name])
-                raise InvalidOption(
-                    f"{cls.name}: option {name!r} is {value!r} ({type(value).__name__}), expected {expected}"
-                )
+                found = f"{reprlib.repr(value)} ({type(value).__name__})"  # a record may hold anything
+                raise InvalidOption(f"{cls.name}: option {name!r} is {found}, expected {expected}")
 
 
 def _expected(written: str, hint: Any) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from torch import nn
 from surgery.conversion import ARCHITECTURE, CONVERSION, INCOMPLETE, METHODS
 from surgery.errors import InvalidOption, PruneError
 from surgery.figures import Figures, figures
-from surgery.history import Conversion, Operation
+from surgery.history import Conversion, Operation, read_fields
 from surgery.network import ConvertedNetwork
 from surgery.objective import methods_of
 from surgery.plugins import Provider, provider_of
@@ -105,17 +106,18 @@ class PrunePlan:
         """Read a plan back.
 
         Raises:
-            PruneError: If a field is missing or unknown.
+            PruneError: If a field is missing, unknown or of another type, or a cut keeps what cannot be there.
         """
         try:
-            cuts = tuple(Cut(**{**cut, "keep": tuple(cut["keep"])}) for cut in data["cuts"])
-            unknown = sorted({cut.kind for cut in cuts} - set(get_args(CutKind)))
-            if unknown:
-                raise TypeError(f"unknown kinds of cuts {unknown}")
-            figures_of = {name: Figures(**data[name]) for name in ("before", "after")}
-            return cls(data["method"], data["criteria"], cuts, **figures_of)
-        except (KeyError, TypeError) as error:
-            raise PruneError(f"the prune plan is incomplete or edited ({type(error).__name__}: {error})") from error
+            plan = read_fields(cls, data)
+            for cut in plan.cuts:
+                if len(set(cut.keep)) < len(cut.keep) or not all(0 <= index < cut.of for index in cut.keep):
+                    raise ValueError(
+                        f"{cut.path}: keeps {reprlib.repr(cut.keep)}, expected each of {cut.of} at most once"
+                    )
+        except ValueError as error:
+            raise PruneError(f"the prune plan is incomplete or edited ({error}); plan it anew") from error
+        return plan
 
     def __str__(self) -> str:
         """Return a table: one line per cut, then parameters and MACs."""

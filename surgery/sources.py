@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Collection, Iterator
+from functools import cache
+from inspect import signature
 from typing import Any
 
 import timm
@@ -13,9 +16,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from surgery.architecture import Architecture
-from surgery.errors import CheckpointError
+from surgery.errors import CheckpointError, SurgeryError
 from surgery.history import Source
 
+LARGEST = 2**31
+"""Parameters of the largest network that is built for a record: twice those of the largest convolutional ones."""
 Factory = Callable[[], nn.Module]
 
 
@@ -71,13 +76,31 @@ def rebuild(source: Source, factory: Factory | None = None) -> nn.Module:
                     "network"
                 )
             return _checked(factory(), source)
-        builder = source.builder if source.builder else find_builder(source)
-        if builder:
-            return _checked(build(builder, source), source)
+        model = _rebuilt(source)
+    if model is not None:
+        return model
     raise CheckpointError(
         f"no torchvision or timm builder makes this {source.class_name}; pass factory=, a function without arguments "
         "that builds the unconverted network"
     )
+
+
+def _rebuilt(source: Source) -> nn.Module | None:
+    """Build what the record names; first without data, so that nothing large is made for a record that was edited."""
+    try:
+        builder = source.builder or find_builder(source)
+        if not builder:
+            return None
+        _checked(_hollow(builder, source), source)
+        return _checked(build(builder, source), source)
+    except SurgeryError:
+        raise
+    except Exception as error:  # the libraries raise anything where the sizes make no network
+        raise CheckpointError(
+            f"{source.builder or source.class_name} cannot be built for {source.classes} classes and "
+            f"{source.in_channels} channels ({type(error).__name__}: {error}); restore the file from a backup, or pass "
+            "factory=, a function without arguments that builds the unconverted network"
+        ) from error
 
 
 def find_builder(source: Source) -> str:
@@ -120,7 +143,7 @@ def _candidates(source: Source) -> Iterator[str]:
         yield source.builder
     module = source.class_name.rpartition(".")[0]
     if module.startswith("torchvision.models."):
-        for name in torchvision.models.list_models():
+        for name in _torchvision_models():
             if torchvision.models.get_model_builder(name).__module__ == module:
                 yield f"torchvision:{name}"
 
@@ -129,9 +152,24 @@ def _hollow(name: str, source: Source) -> nn.Module:
     """Build a candidate without data where its initialisers allow that."""
     try:
         with _Hollow():
-            return build(name, source)
+            model = build(name, source)
     except (NotImplementedError, RuntimeError):  # an initialiser that reads a value
-        return build(name, source)
+        model = build(name, source)
+    refuse_size(name, sum(parameter.numel() for parameter in model.parameters()))
+    return model
+
+
+def refuse_size(what: str, parameters: int) -> None:
+    """Refuse a network, or a part of one, that is larger than any that a record is about.
+
+    Raises:
+        CheckpointError: If it has more than `LARGEST` parameters.
+    """
+    if parameters > LARGEST:
+        raise CheckpointError(
+            f"{what} would have {parameters:,} parameters, expected at most {LARGEST:,}; restore the file from a "
+            "backup, or pass factory= if there is such a network"
+        )
 
 
 class _Hollow(TorchFunctionMode):
@@ -152,12 +190,21 @@ def build(builder: str, source: Source) -> nn.Module:
     """
     library, _, name = builder.partition(":")
     classes: dict[str, Any] = {} if source.classes is None else {"num_classes": source.classes}
-    if library == "timm" and timm.is_model(name):
+    # timm reads more than a name and a tag as a place to fetch a network from.
+    if library == "timm" and re.fullmatch(r"\w+(\.\w+)?", name) and timm.is_model(name):
         timm_model: nn.Module = timm.create_model(name, in_chans=source.in_channels, **classes)
         return timm_model
-    if library == "torchvision" and name in torchvision.models.list_models():
+    if library == "torchvision" and name in _torchvision_models():
         torchvision_model: nn.Module = torchvision.models.get_model(name, weights=None, **classes)
         return torchvision_model
     raise CheckpointError(
-        f"the record names the builder {builder!r}, which the installed torchvision and timm do not have"
+        f"the record names the builder {builder!r}, which the installed torchvision and timm do not have; install "
+        "those that do, or pass factory=, a function without arguments that builds the unconverted network"
     )
+
+
+@cache
+def _torchvision_models() -> tuple[str, ...]:
+    """Return the builders that download nothing; those of detectors and the like fetch weights of their backbones."""
+    builders = {name: torchvision.models.get_model_builder(name) for name in torchvision.models.list_models()}
+    return tuple(name for name, call in builders.items() if "weights_backbone" not in signature(call).parameters)

@@ -88,7 +88,9 @@ class Wide(Rule):
             return "found blocks that are no basic blocks or bottlenecks of one widen factor"
         if factor != int(factor) or factor < 2:
             return f"found a widen factor of {factor:g}, expected an integer of at least 2"
-        return ""
+        free = {path for width in free_widths(network) for path in width.members}
+        held = [path for path in self.widths(architecture, network, 1) if path not in free]
+        return f"found {held[0]}, whose number of channels something else holds" if held else ""
 
     def widths(self, architecture: Architecture, network: ConvertedNetwork, networks: int) -> dict[str, int]:
         """Return the widths of basic blocks, or the inner ones of bottlenecks."""
@@ -99,7 +101,7 @@ class Wide(Rule):
             new = max(int(factor / math.sqrt(networks) + 0.4), 1)
             paths = block.convs[:-1] if block.merge and _is_bottleneck(block, network) else block.convs
             for path in paths:
-                widths[path] = round(_conv(network, path).out_channels / factor * new)
+                widths[path] = max(round(_conv(network, path).out_channels / factor * new), 1)
         return widths
 
 

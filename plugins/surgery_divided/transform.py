@@ -7,8 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from surgery import Architecture, NothingConverted, Rewriter
-from surgery.errors import UnsupportedModel
+from surgery import Architecture, NothingConverted, Refusal, Rewriter
+from surgery.errors import InvalidOption, UnsupportedModel
 from surgery_divided.ensemble import Ensemble, Manner, SplitViews, members
 from surgery_divided.initial import Initialisers, fresh_seeds, sliced_weights
 from surgery_divided.rules import rule_for
@@ -32,7 +32,7 @@ def divide(
 
     Raises:
         NothingConverted: If the network has no residual block, or no width changes.
-        InvalidOption: If the rule does not fit.
+        InvalidOption: If the rule does not fit, or no layer is wide enough for so many networks.
         UnsupportedModel: If layers share a weight.
     """
     network = rewriter.network
@@ -43,7 +43,15 @@ def divide(
     _refuse_ties(rewriter)
     widths = rule_for(rule, architecture, network).widths(architecture, network, networks)
     if all(written_by(rewriter.module(path)) == width for path, width in widths.items()):
-        raise NothingConverted(f"divided: {architecture.name} is too thin to be divided by {networks}")
+        reason = f"no width that can change is wide enough to be divided by {networks}"
+        refusal = Refusal(architecture.name, reason, "use a wider network")
+        raise NothingConverted(f"divided: {architecture.name} is too thin to be divided by {networks}", (refusal,))
+    widest = max(written_by(rewriter.module(path)) for path in widths)
+    if networks > widest:
+        raise InvalidOption(
+            f"divided: networks is {networks}, but the widest layer of {architecture.name} that can be divided has "
+            f"{widest} channels; expected at most {widest}"
+        )
     states: list[dict[str, Tensor]] = []
     if init == "sliced" and not rewriter.replays:
         states = sliced_weights(network, widths, networks, "divided")

@@ -200,6 +200,12 @@ def test_any_residual_network_divides(spec):
     assert model(torch.rand(2, 3, 16, 16)).shape == source(torch.rand(2, 3, 16, 16)).shape
 
 
+def test_more_networks_than_channels_are_refused_before_any_is_copied():
+    """The widest layer of WRN-10-1 has 64 channels."""
+    with pytest.raises(InvalidOption, match=r"networks is 1000000000, .* 64 channels; expected at most 64"):
+        divided(timm.create_model("wrn_10_1"), networks=10**9)
+
+
 def test_layers_that_share_a_weight_are_refused():
     source = torchvision.models.resnet18()
     source.layer1[1].conv1.weight = source.layer1[0].conv1.weight
