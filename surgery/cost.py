@@ -25,6 +25,7 @@ from surgery.analysis import inspect
 from surgery.errors import InvalidOption, UnsupportedModel
 from surgery.network import ConvertedNetwork
 from surgery.shapes import resolve_input_size
+from surgery.tracing import refuse_wrapped
 
 Count = Literal["macs", "flops"]
 _COUNTED = {"aten::_convolution": conv_flop_jit, "aten::linear": linear_flop_jit, "aten::addmm": addmm_flop_jit}
@@ -113,6 +114,7 @@ def cost(model: nn.Module, input_size: int | tuple[int, int] | None = None, coun
     """
     if count not in ("macs", "flops"):
         raise InvalidOption(f"count: expected 'macs' or 'flops', found {count!r}")
+    refuse_wrapped(model)
     # A converted network is inspected at the size it was converted for; its blocks can be counted at any.
     architecture = inspect(model, None if isinstance(model, ConvertedNetwork) else input_size)
     size = architecture.input_size

@@ -71,7 +71,26 @@ class Objective(nn.Module):
             terms["task"] = self.criterion(output, target)
         terms.move_to_end("task", last=False)
         self.terms = OrderedDict((name, value.detach()) for name, value in terms.items())
-        return torch.stack(list(terms.values())).sum()
+        total: Tensor = torch.stack(list(terms.values())).sum()
+        return _Tied.apply(total, output) if output.requires_grad else total  # type: ignore[no-untyped-call]
+
+
+class _Tied(torch.autograd.Function):
+    """Pass a loss on; the output gets a gradient of zero.
+
+    FSDP begins the backward pass of a network at its output, also of one whose loss is made of taps alone: without this
+    it would leave the gradients of all processes as they are, and add up those of all steps.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, output: Tensor) -> Tensor:
+        ctx.save_for_backward(output)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        (output,) = ctx.saved_tensors
+        return gradient, torch.zeros_like(output)
 
 
 def unwrap(model: nn.Module) -> ConvertedNetwork:

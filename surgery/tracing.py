@@ -124,7 +124,11 @@ def refuse_wrapped(model: nn.Module) -> None:
     if kind in wrappers and type(model).__module__.startswith("torch"):
         raise UnsupportedModel(f"the model is wrapped in {kind}; {wrappers[kind]}")
     if kind.startswith("FSDP"):
-        raise UnsupportedModel(f"the model is sharded ({kind}); convert the plain network first, then shard it")
+        raise UnsupportedModel(
+            f"the model is sharded ({kind}); convert the plain network first, then shard it, and give what needs whole "
+            "weights a plain network that has loaded the full state dict: "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True"
+        )
 
 
 @contextmanager

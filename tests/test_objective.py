@@ -158,6 +158,24 @@ def test_owner_of_the_task_replaces_the_criterion(monkeypatch):
     assert torch.equal(surgery.Objective(model, Never())(output, LABELS), output.sum())
 
 
+def test_loss_that_is_made_of_taps_alone_reaches_the_output_and_gives_it_no_gradient(monkeypatch):
+    """FSDP waits for a gradient of the output. Without one it shares none, and two steps add up what they found."""
+
+    @dataclass(frozen=True)
+    class Taps(Toy):
+        def losses(self, step):
+            return {"task": torch.stack([body.square().mean() for body in step.taps.values()]).sum()}
+
+    installed(monkeypatch, package(Taps))
+    model = surgery.convert(ResidualSpec((1,)).build(), "toy", input_size=32)
+    output = model(images())
+    output.retain_grad()
+    surgery.Objective(model, nn.CrossEntropyLoss())(output, LABELS).backward()
+    assert torch.equal(output.grad, torch.zeros(3, 10))
+    assert not model.head.weight.grad.any()
+    assert model.stem[0].weight.grad.any()
+
+
 def test_term_that_is_no_scalar_is_refused(monkeypatch):
     class Wide(Toy):
         def losses(self, step):

@@ -21,13 +21,13 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from surgery.errors import InvalidOption, UnsupportedModel
 from surgery.objective import unwrap
 from surgery.taps import in_backward
+from surgery_masked.averaging import average_gradient, process_mean
 
 Connectivity = Literal["learned", "full", "random", "real"]
 
@@ -49,9 +49,10 @@ class Masks(nn.Module):
 
     Every training forward is an iteration of the masks, also where gradients are accumulated over several. Backward
     passes through one forward add up; of two forwards without a backward pass between them only the last can leave a
-    gradient, and `torch.autograd.grad` leaves none. In a distributed run the gradients are averaged over the processes,
-    so all of them run the same number of training forwards, and all of them load a checkpoint, which holds the gradient
-    of the process that saved it.
+    gradient, and `torch.autograd.grad` leaves none. In a distributed run the gradients are averaged over the processes
+    at the end of every backward pass, so all of them run the same numbers of training forwards and backward passes (one
+    that leaves a backward pass out counts with zeros, and lets the others wait until its next training forward), and
+    the state of any of them is that of all.
 
     A recomputation in the backward pass uses the masks of its forward pass; under a reentrant checkpoint around the
     whole network, whose forward pass has no gradients, masks do not learn.
@@ -170,6 +171,7 @@ class Masks(nn.Module):
         self._scale = 1.0 if self.gradient_scale is None else self.gradient_scale()
         # A leaf: its .grad is dl/dm for all entries, and compiled code that resumes here takes no other kind silently.
         self._used = (self._scaled() if self.connectivity == "real" else self._draw()).requires_grad_()
+        average_gradient(self._used)
         return self._used
 
     def _standing(self) -> Tensor:
@@ -192,7 +194,9 @@ class Masks(nn.Module):
 
     @torch.no_grad()
     def _step(self) -> None:
-        gradient = _process_mean(self._gradient())
+        if self._used is not None and self._used.grad is None:
+            self._used.grad = process_mean(torch.zeros_like(self._used))
+        gradient = self._gradient()
         # One that is not finite is an overflow of the scaled loss, or would be the end of the masks.
         gradient = torch.where(gradient.isfinite().all(), gradient, torch.zeros_like(gradient))
         real = (self.real - self.lr * gradient).clamp(0, 1).clamp(min=FLOOR)
@@ -279,14 +283,6 @@ def _largest(values: Tensor, count: int) -> Tensor:
     above, equal = values > least, values == least
     room = count - above.sum(dim=-1, keepdim=True)
     return above | (equal & (equal.long().cumsum(dim=-1) <= room))
-
-
-def _process_mean(gradient: Tensor) -> Tensor:
-    """Return the mean over the processes of a distributed run; one without a gradient counts with zeros."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return gradient
-    dist.all_reduce(gradient)
-    return gradient / dist.get_world_size()
 
 
 def _check_fan_in(fan_in: int, branches: int, connectivity: Connectivity) -> None:
