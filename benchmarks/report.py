@@ -15,6 +15,7 @@ import report_divided_claims
 import report_gated
 import report_inclusive
 import report_masked
+import report_matrix
 from tables import machine, ms, percent, spread, table
 
 HERE = Path(__file__).parent
@@ -252,8 +253,10 @@ RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
     "gated-skipping": report_gated.skipping,
     "inclusive": report_inclusive.cost,
     "masked": report_masked.cost,
+    "matrix": report_matrix.matrix,
     "published": published,
     "published-divided": report_divided_claims.published,
+    "random-networks": report_matrix.random_networks,
     "schemes": schemes,
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NoReturn
@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 import surgery
 from surgery.architecture import Architecture
@@ -26,6 +27,8 @@ from surgery.testing.networks import Build
 Size = int | tuple[int, int] | None
 Muted = Callable[[ConvertedNetwork, Mapping[str, Any]], Callable[[Tensor], Tensor]]
 """From the full network and the criteria to a function that computes what the pruned network should, at full cost."""
+Settle = Callable[[ConvertedNetwork], object]
+"""Gives a converted network, in place, what training would have given it."""
 
 
 class NotApplicable(Exception):
@@ -43,6 +46,7 @@ class Case:
         input_size: As in `surgery.convert`.
         criteria: Of pruning; None for a plan without criteria.
         muted: See `Muted`; None where the method has no such form.
+        settle: See `Settle`; None where pruning does not depend on training.
     """
 
     network: str
@@ -51,6 +55,7 @@ class Case:
     input_size: Size = 32
     criteria: Mapping[str, Any] | None = None
     muted: Muted | None = None
+    settle: Settle | None = None
 
     def convert(self, model: nn.Module) -> ConvertedNetwork:
         """Convert `model` with the method."""
@@ -60,14 +65,22 @@ class Case:
         """Return a fresh copy of the converted network."""
         return copy.deepcopy(self._converted)
 
+    def settled(self) -> ConvertedNetwork:
+        """Return a fresh copy of the converted network, as training leaves it."""
+        model = self.converted()
+        if self.settle is not None:
+            self.settle(model)
+        return model
+
     def plan(self, model: ConvertedNetwork) -> PrunePlan:
-        """Plan with the criteria.
+        """Plan with the criteria; images among them follow the dtype of the network.
 
         Raises:
             NotApplicable: If none were given and the method needs some.
         """
         if self.criteria is not None:
-            return surgery.plan(model, **self.criteria)
+            dtype = next(model.parameters()).dtype
+            return surgery.plan(model, **{name: _following(value, dtype) for name, value in self.criteria.items()})
         try:
             return surgery.plan(model)
         except InvalidOption as error:
@@ -95,8 +108,24 @@ class Case:
         return [name for name in names if name in known] or names
 
     @cached_property
+    def exported(self) -> Mapping[str, tuple[nn.Module, ExportedProgram]]:
+        """The network in eval mode, "full" and, where it can be planned, "pruned", with what `torch.export` captures.
+
+        Capturing takes long, so the laws share it.
+        """
+        model = self.settled().eval()
+        variants: dict[str, nn.Module] = {"full": model}
+        with suppress(NotApplicable):
+            variants["pruned"] = surgery.prune(model, self.plan(model)).eval()
+        return {name: (each, torch.export.export(each, (self.images(),))) for name, each in variants.items()}
+
+    @cached_property
     def _converted(self) -> ConvertedNetwork:
         return self.convert(self.build())
+
+
+def _following(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def fail(message: str) -> NoReturn:

@@ -11,7 +11,7 @@ from surgery.conversion import resolve_method
 from surgery.errors import ConformanceError, InvalidOption, NothingConverted
 from surgery.method import Method
 from surgery.testing import conversion_laws, pruning_laws, training_laws
-from surgery.testing.case import Case, Muted, NotApplicable, Size
+from surgery.testing.case import Case, Muted, NotApplicable, Settle, Size
 from surgery.testing.networks import Build, tiny_networks
 
 Law = Callable[[Case], None]
@@ -80,6 +80,7 @@ def check_method(
     *,
     criteria: Mapping[str, Any] | None = None,
     muted: Muted | None = None,
+    settle: Settle | None = None,
     laws: Sequence[str] | None = None,
     input_size: Size = 32,
 ) -> Report:
@@ -92,6 +93,8 @@ def check_method(
         criteria: What pruning is asked for. Default: none; a method that needs some is then not checked for pruning.
         muted: Called with the full network and `criteria`; returns a function of images that computes what the pruned
             network should, with the removed parts switched off instead of cut out.
+        settle: Called with the network before it is pruned or exported; gives it, in place, what training would have.
+            Default: it stays as it is after conversion.
         laws: Names of the laws to check, from `LAWS`. Default: all but those in `OPTIONAL`.
         input_size: Side of the images in pixels, or (height, width).
 
@@ -110,7 +113,7 @@ def check_method(
     instance = resolve_method(method, {})
     report = Report(instance.name)
     for network, build in (tiny_networks() if networks is None else networks).items():
-        case = Case(network, build, instance, input_size, criteria, muted)
+        case = Case(network, build, instance, input_size, criteria, muted, settle)
         why = _refusal(case)
         if why:
             report.refused[network] = why
@@ -143,6 +146,8 @@ def _refusal(case: Case) -> str:
                 f"converts: {_where(case)}: refused without a reason; give one Refusal per place"
             ) from error
         return str(error.refusals[0])
+    except InvalidOption as error:  # the options, or their defaults, do not fit the network
+        return str(error)
     except Exception as error:
         raise ConformanceError(f"converts: {_where(case)}: {type(error).__name__}: {error}") from error
     return ""

@@ -24,10 +24,11 @@ class ResidualSpec:
     """Description of a small residual network; `build()` makes it.
 
     Attributes:
-        blocks: Blocks of each stage; from the second stage on, the first block halves the resolution.
+        blocks: Blocks of each stage; the first block of a stage changes the width.
         kind: "basic" is two 3x3 convolutions, "bottleneck" is 1x1, 3x3 (grouped), 1x1.
         groups: Groups of the 3x3 convolution of a bottleneck.
         width: Channels of one group in the first stage; doubles per stage.
+        stride: Of the first block of every stage but the first.
         preactivation: Whether norm and activation stand before each convolution instead of behind it.
         attention: Squeeze-excite before the last convolution ("inside"), after the body ("behind"), or none.
         projection: Shortcut of a block that changes shape: strided 1x1 convolution, pooled 1x1 convolution, or pooling
@@ -39,6 +40,7 @@ class ResidualSpec:
     kind: BlockKind = "bottleneck"
     groups: int = 2
     width: int = 2
+    stride: int = 2
     preactivation: bool = False
     attention: Attention = "none"
     projection: Projection = "conv"
@@ -77,8 +79,9 @@ def residual_networks() -> SearchStrategy[ResidualSpec]:
         ResidualSpec,
         blocks=st.lists(st.integers(1, 2), min_size=1, max_size=3).map(tuple),
         kind=st.sampled_from(["basic", "bottleneck"]),
-        groups=st.sampled_from([1, 2, 4]),
+        groups=st.sampled_from([1, 2, 4, 8]),
         width=st.integers(1, 3),
+        stride=st.sampled_from([2, 1]),
         preactivation=st.booleans(),
         attention=st.sampled_from(["none", "inside", "behind"]),
         projection=st.sampled_from(["conv", "pool", "pad"]),
@@ -102,7 +105,7 @@ class ResidualNetwork(nn.Module):
         for stage, count in enumerate(spec.blocks):
             units: list[nn.Module] = []
             for index in range(count):
-                stride = 2 if stage and not index else 1
+                stride = spec.stride if stage and not index else 1
                 units.append(ResidualBlock(spec, channels, hidden << stage, stride=stride))
                 channels = 2 * hidden << stage
             stages.append(nn.Sequential(*units))
