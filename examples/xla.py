@@ -12,6 +12,8 @@ from machines import Machine
 class Xla(Machine):
     """One XLA device, or all devices that this process sees: a TPU, or the CPU with `PJRT_DEVICE=CPU`.
 
+    With torch_xla 2.9 norms move their running variance by the biased variance of a batch, elsewhere by the unbiased.
+
     Args:
         spmd: Whether the batch is split over all devices, each with all weights (GSPMD). Norms then use the statistics
             of the whole batch, and the numbers are those of one device.
@@ -29,7 +31,7 @@ class Xla(Machine):
             raise ValueError(
                 f"--device xla: torch_xla cannot be imported ({error}); pip install 'surgery[xla]', beside torch 2.9."
             ) from error
-        self._xla, self._sharding, self._mesh = torch_xla, sharding, None
+        self._xla, self._sharding, self._mesh, self._devices = torch_xla, sharding, None, 1
         if spmd:
             runtime.use_spmd()
             self._devices = runtime.global_runtime_device_count()
@@ -38,14 +40,16 @@ class Xla(Machine):
         self.rank, self.processes = 0, 1
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Move `model` to the device."""
-        return model.to(self.device)
+        """Move `model` to the device, or to all devices."""
+        model.to(self.device)
+        for tensor in (*model.parameters(), *model.buffers()):
+            self._mark(tensor)  # unmarked, they would be compiled for one device first
+        return model
 
     def load(self, batch: Tensor) -> Tensor:
         """Return the batch on the device, or on all devices; a batch that they cannot share evenly is on each."""
         moved = batch.to(self.device)
-        if self._mesh is not None and len(batch) % self._devices == 0:
-            self._sharding.mark_sharding(moved, self._mesh, ("batch", *[None] * (batch.dim() - 1)))
+        self._mark(moved, "batch" if len(batch) % self._devices == 0 else None)
         return moved
 
     def seed(self, seed: int) -> None:
@@ -80,3 +84,8 @@ class Xla(Machine):
 
     def leave(self) -> None:
         """Go on: there is but one process."""
+
+    def _mark(self, tensor: Tensor, first: str | None = None) -> None:
+        """Under SPMD, split the first dimension over the devices, or let each have the whole tensor."""
+        if self._mesh is not None:
+            self._sharding.mark_sharding(tensor, self._mesh, (first, *[None] * tensor.dim())[: tensor.dim()])

@@ -49,6 +49,8 @@ def select(editor: Editor, path: str, keep: Sequence[int]) -> None:
     if not isinstance(old, Selectable):
         raise RewriteError(f"{path}: {type(old).__name__} has no method `selected`, so no part of it can be kept")
     new = old.selected(keep)
+    if not [*old.parameters(), *old.buffers()]:  # it could not tell its part where to be
+        editor.adopt(editor.owner(at), new, old)
     hand_over_hooks(old, new)
     editor.network.set_submodule(path, new)
     node.args = node.args[: _positional(new)]

@@ -111,7 +111,8 @@ def projection(inputs: int, outputs: int, *, stride: int, kind: ShortcutKind) ->
     pooled = stride > 1 and kind == "pool"
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     if pooled:
-        layers["pool"] = nn.AvgPool2d(stride, ceil_mode=True)
+        # Without padding the same either way, but torch_xla takes the gradient of the default to the host.
+        layers["pool"] = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
     layers["conv"] = nn.Conv2d(inputs, outputs, 1, stride=1 if pooled else stride, bias=False)
     layers["bn"] = nn.BatchNorm2d(outputs)
     return nn.Sequential(layers)
