@@ -1,9 +1,9 @@
 """Kill every example again and again, and see that no digit is lost: python benchmarks/resume.py [METHOD ...]
 
 For each method a short training on handwritten digits runs once undisturbed. A second one is killed with SIGKILL at
-random moments, about half of them during start-up or between two steps, and is started again each time; after every
-kill the checkpoints that are there must be whole. A third is told to stop by SIGTERM. All must end with the same losses
-in the same digits, the same weights, and the same lines on the screen.
+random moments, during start-up, between two steps or while a checkpoint is being written, and is started again each
+time; after every kill the checkpoints that are there must be whole. A third is told to stop by SIGTERM. All must end
+with the same losses in the same digits, the same weights, and the same lines on the screen.
 
     python benchmarks/resume.py                   # all methods, 20 kills each
     python benchmarks/resume.py coded --kills 5
@@ -45,6 +45,7 @@ MOST_STEPS, MOST_STARTUP, MOST_PAUSE = (
     12.0,
     0.4,
 )  # steps until a kill; seconds until one during start-up, after a step
+WRITING = 0.5  # share of the kills behind a step that wait until a checkpoint is being written
 SECONDS = re.compile(r"  \d+\.\d s$", re.MULTILINE)
 
 
@@ -117,7 +118,11 @@ def killed(run: Run, kills: int, draw: random.Random) -> list[dict[str, Any]]:
                 time.sleep(0.002)
             while run.steps() < before + wanted and process.poll() is None:
                 time.sleep(0.002)
-            time.sleep(draw.uniform(0, MOST_PAUSE))
+            if draw.random() < WRITING:
+                while not run.writing() and process.poll() is None:
+                    pass
+            else:
+                time.sleep(draw.uniform(0, MOST_PAUSE))
         else:
             time.sleep(draw.uniform(0, MOST_STARTUP))
         process.send_signal(signal.SIGKILL)
