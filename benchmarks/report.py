@@ -16,6 +16,7 @@ import report_gated
 import report_inclusive
 import report_masked
 import report_matrix
+import report_runs
 from tables import machine, ms, percent, spread, table
 
 HERE = Path(__file__).parent
@@ -257,7 +258,9 @@ RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
     "published": published,
     "published-divided": report_divided_claims.published,
     "random-networks": report_matrix.random_networks,
+    "resume": report_runs.resume,
     "schemes": schemes,
+    "ways": report_runs.ways,
 }
 
 if __name__ == "__main__":

@@ -104,14 +104,22 @@ def read(path: Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint {path}: cannot be read ({error}); delete it to start anew.") from error
     if metadata.get("format") != FORMAT:
         found = metadata.get("format", "none")
-        message = f"checkpoint {path}: format {found}, expected {FORMAT}; it is not from this training loop."
+        message = f"checkpoint {path}: format {found}, expected {FORMAT}; it is from another version, or not from here."
         raise CheckpointError(message)
     if _digest(metadata.get("json", ""), tensors) != metadata.get("sha256"):
         raise CheckpointError(
             f"checkpoint {path}: its checksum does not match; it is damaged, delete it to start anew."
         )
-    header = json.loads(metadata["json"])
-    return Checkpoint(tensors, header["scalars"], header["identity"], header["progress"])
+    try:
+        header = json.loads(metadata["json"])
+        parts = [header[name] for name in ("scalars", "identity", "progress")]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path}: its header is damaged ({error}); delete it to start anew."
+        ) from error
+    if not all(isinstance(part, dict) for part in parts):
+        raise CheckpointError(f"checkpoint {path}: its header is damaged; delete it to start anew.")
+    return Checkpoint(tensors, *parts)
 
 
 def restore(

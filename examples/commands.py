@@ -13,6 +13,7 @@ from glyphs import FontsUnavailable
 from machines import PARALLEL, Machine, start
 from networks import WeightsUnavailable
 from recipe import Recipe, RecipeError
+from training import CHECKPOINT
 
 RECIPES = Path(__file__).parent / "recipes"
 SMOKE_EPOCHS, SMOKE_IMAGES = 1, 256
@@ -70,4 +71,8 @@ def prepare(options: argparse.Namespace) -> Setup:
     if options.amp:
         recipe = replace(recipe, training=replace(recipe.training, amp=True))
     machine = start(options.device, options.parallel, options.compile)
+    if options.restart and machine.leads:  # of all its trainings, or a run that is stopped would go on with old ones
+        for left in run_dir.glob(f"*/{CHECKPOINT}"):
+            left.unlink()
+    machine.agree(0)
     return Setup(recipe, data, run_dir, machine, not options.restart, options.smoke)

@@ -123,9 +123,10 @@ class Processes(Machine):
 
     def place(self, model: nn.Module) -> nn.Module:
         """Move `model` to the device, and return what computes its forward passes in training."""
+        if self._grouped and self._parallel == "fsdp":
+            self._originals[model] = copy.deepcopy(model).cpu()  # where it takes no room from what is trained
         runner = model.to(self.device)
         if self._grouped and self._parallel == "fsdp":
-            self._originals[model] = copy.deepcopy(model)
             mesh = dist.init_device_mesh(self.device.type, (self.processes,))
             for unit in (*_units(model), model):
                 fully_shard(unit, mesh=mesh)
@@ -178,7 +179,7 @@ class Processes(Machine):
         if original is None:
             return model
         original.load_state_dict({name: self.whole(value) for name, value in model.state_dict().items()})
-        return original
+        return original.to(self.measuring)
 
     def leave(self) -> None:
         """Close the process group; every process but the first ends here."""
@@ -223,6 +224,8 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; use cpu, cuda or xla.") from error
     if device.type != "cuda":
         return device
+    if device.index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"--device {name}: found several processes on one GPU; use --device cuda, one for each.")
     index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: torch finds no such device; use --device cpu.")

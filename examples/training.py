@@ -164,7 +164,7 @@ def train(
 
     Raises:
         CheckpointError: The checkpoint in `run_dir` is damaged or belongs to another run.
-        FloatingPointError: The loss is infinite or not a number.
+        FloatingPointError: The loss is infinite or not a number; the checkpoint is still the one before.
         SystemExit, KeyboardInterrupt: The run was told to stop, and has written a checkpoint.
     """
     machine = machine or Processes()

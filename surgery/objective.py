@@ -72,7 +72,8 @@ class Objective(nn.Module):
         terms.move_to_end("task", last=False)
         self.terms = OrderedDict((name, value.detach()) for name, value in terms.items())
         total: Tensor = torch.stack(list(terms.values())).sum()
-        return _Tied.apply(total, output) if output.requires_grad else total  # type: ignore[no-untyped-call]
+        tied = isinstance(output, Tensor) and output.requires_grad
+        return _Tied.apply(total, output) if tied else total  # type: ignore[no-untyped-call]
 
 
 class _Tied(torch.autograd.Function):
@@ -84,13 +85,12 @@ class _Tied(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, output: Tensor) -> Tensor:
-        ctx.save_for_backward(output)
+        ctx.like = {"size": output.shape, "dtype": output.dtype, "device": output.device}
         return loss.view_as(loss)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        (output,) = ctx.saved_tensors
-        return gradient, torch.zeros_like(output)
+        return gradient, torch.zeros(**ctx.like)
 
 
 def unwrap(model: nn.Module) -> ConvertedNetwork:

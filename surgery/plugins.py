@@ -16,8 +16,11 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import sys
 import warnings
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -82,12 +85,17 @@ def methods() -> Mapping[str, type[Method]]:
 
 
 def _clash(name: str, first: Provider, second: Provider) -> str:
-    # Two packages that chose one name for the method often chose it for the entry point too.
-    block = second.distribution if second.entry_point == first.entry_point else second.entry_point
+    block = _alone(second.entry_point, second.distribution)
     return (
         f"the method {name!r} is provided by {first.distribution} {first.version} and by {second.distribution} "
         f"{second.version}; uninstall one of them, or block it with SURGERY_BLOCK_PLUGINS={block}"
     )
+
+
+def _alone(entry_point: str, distribution: str) -> str:
+    """Return the name that blocks one plugin and no other: packages often choose the same one for an entry point."""
+    same = [point for point in entry_points(group=GROUP) if _normalized(point.name) == _normalized(entry_point)]
+    return entry_point if len(same) < 2 else distribution
 
 
 def provider_of(method: type[Method]) -> Provider:
@@ -113,7 +121,7 @@ def providers() -> tuple[Provider, ...]:
 
 
 def _allowed(point: EntryPoint) -> bool:
-    called = {_normalized(point.name), *([_normalized(point.dist.name)] if point.dist else [])}
+    called = {_normalized(point.name), _normalized(_origin(point)[0])}
     only = _names("SURGERY_PLUGINS")
     return not called & (_names("SURGERY_BLOCK_PLUGINS") or set()) and (only is None or bool(called & only))
 
@@ -128,18 +136,33 @@ def _normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
-def _load(point: EntryPoint) -> list[Provider]:
-    distribution = point.dist.name if point.dist else "(unknown distribution)"
-    version = point.dist.version if point.dist else ""
+def _origin(point: EntryPoint) -> tuple[str, str]:
+    """Return distribution and version, as far as its metadata say."""
+    unknown = "(unknown distribution)", ""
     try:
-        classes = _registered(point)
+        return (point.dist.name or unknown[0], point.dist.version or "") if point.dist else unknown
+    except KeyError:  # newer Pythons, where others have None
+        return unknown
+
+
+def _load(point: EntryPoint) -> list[Provider]:
+    distribution, version = _origin(point)
+    try:
+        with redirect_stdout(sys.stderr):  # what a plugin prints is no part of what a command prints
+            classes = _registered(point)
         for cls in classes:
             _check(cls)
-    except (Exception, SystemExit) as error:  # a plugin can fail in any way, and must not take the others down
+        twice = [name for name, count in Counter(cls.name for cls in classes).items() if count > 1]
+        if twice:
+            raise PluginError(f"it provides two methods of the name {twice[0]!r}")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a plugin can fail in any way, and must not take the others down
         reason = " ".join(f"{type(error).__name__}: {error}".split())  # on one line
         warnings.warn(
             f"the surgery plugin {point.name!r} of {distribution} {version} cannot be loaded and is ignored "
-            f"({reason}); repair or uninstall it, or set SURGERY_BLOCK_PLUGINS={point.name}",
+            f"({reason}); repair or uninstall it, or set SURGERY_BLOCK_PLUGINS="
+            f"{_alone(point.name, distribution)}",
             stacklevel=2,
         )
         return [Provider(None, point.name, distribution, version, reason)]
@@ -166,6 +189,8 @@ def _check(cls: type[Method]) -> None:
     for attribute in ("name", "preserves"):
         if not isinstance(getattr(cls, attribute, None), str):
             raise PluginError(f"{cls.__name__} has no class attribute {attribute!r}")
+    if not cls.name.isidentifier():
+        raise PluginError(f"{cls.__name__} has the name {cls.name!r}, expected letters, digits and underscores")
     if cls.preserves not in get_args(Preserves):
         raise PluginError(
             f"{cls.__name__} preserves {cls.preserves!r}, expected one of {', '.join(get_args(Preserves))}"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import struct
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,17 +77,18 @@ def _place(data: bytes) -> tuple[int, int]:
 
 
 def _write(path: Path, parts: Sequence[bytes | memoryview]) -> None:
-    if path.is_dir() or not path.parent.is_dir():
+    place = Path(os.path.realpath(path))  # a link stays one
+    if (place.exists() and not place.is_file()) or not place.parent.is_dir():
         raise CheckpointError(f"{path}: cannot be written; expected the path of a file in an existing folder")
-    handle, temporary = tempfile.mkstemp(dir=path.parent or Path(), prefix=f".{path.name}.")
+    temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:  # with the rights that any new file gets
             file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, place)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -292,6 +292,21 @@ def test_loading_leaves_the_random_state_alone_also_after_reset_classifier(coded
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_a_file_has_the_rights_of_any_new_file_and_a_link_stays_one(coded, tmp_path):
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "target.safetensors")
+    before = os.umask(0o027)
+    try:
+        surgery.save(coded, tmp_path / "link.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "link.safetensors").is_symlink()
+    assert (tmp_path / "target.safetensors").stat().st_mode & 0o777 == 0o640
+    assert {path.name for path in tmp_path.iterdir()} == {"link.safetensors", "target.safetensors"}
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        surgery.save(coded, tmp_path / "pipe")
+
+
 def test_place_that_cannot_be_written_is_named(coded, tmp_path):
     for path in (tmp_path, tmp_path / "nowhere" / "a.safetensors"):
         with pytest.raises(CheckpointError, match=r"cannot be written.*existing folder"):

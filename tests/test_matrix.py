@@ -60,7 +60,7 @@ def test_a_fresh_process_loads_what_was_saved(method, tmp_path):
             surgery.save(model, f"{stem}.safetensors", factory=tiny_networks()[network])
             torch.save(evaluate(model, images(32)), f"{stem}.pt")
     command = [sys.executable, "-W", "error", "-c", LOADER]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr
     stems = sorted(f"{name}, {network}" for name in ("full", "pruned") for network in NETWORKS)
     assert done.stdout.splitlines() == [f"{stem} loaded True" for stem in stems]

@@ -176,6 +176,27 @@ def test_loss_that_is_made_of_taps_alone_reaches_the_output_and_gives_it_no_grad
     assert model.stem[0].weight.grad.any()
 
 
+def test_output_may_be_no_tensor_or_be_changed_before_the_backward_pass(monkeypatch):
+    installed(monkeypatch, package(Toy))
+    model = surgery.convert(ResidualSpec((1,)).build(), "toy", input_size=32)
+    output = model(images())
+    loss = surgery.Objective(model, nn.CrossEntropyLoss())(output, LABELS)
+    with torch.no_grad():
+        output.sigmoid_()  # for a metric
+    loss.backward()
+    expected = model.head.weight.grad.clone()
+
+    class OfNamed(nn.CrossEntropyLoss):
+        def forward(self, output, target):
+            return super().forward(output["logits"], target)
+
+    torch.manual_seed(0)
+    model.zero_grad()
+    surgery.Objective(model, OfNamed())({"logits": model(images())}, LABELS).backward()
+    assert model.head.weight.grad.any()
+    assert expected.any()
+
+
 def test_term_that_is_no_scalar_is_refused(monkeypatch):
     class Wide(Toy):
         def losses(self, step):

@@ -145,6 +145,40 @@ def test_abstract_method_is_refused_with_what_is_missing(monkeypatch):
     broken(monkeypatch, package(Half).load, "PluginError: Half does not define losses, plan")
 
 
+def test_plugin_that_skips_like_a_test_is_left_out(monkeypatch):
+    broken(monkeypatch, lambda: pytest.skip("no GPU"), "Skipped: no GPU")
+
+
+def test_what_a_plugin_prints_is_no_output_of_a_command(monkeypatch, capsys):
+    real = package(Toy)
+
+    def load():
+        print("hello")
+        return real.load()
+
+    installed(monkeypatch, point(load), beside=False)
+    assert list(surgery.methods()) == ["toy"]
+    assert capsys.readouterr() == ("", "hello\n")
+
+
+@pytest.mark.parametrize("name", ["", "a,b", "x{y=1}", "x\ny"])
+def test_name_that_no_command_line_could_hold_is_refused(monkeypatch, name):
+    broken(monkeypatch, package(type("Odd", (Toy,), {"name": name})).load, "PluginError: Odd has the name ")
+
+
+def test_two_methods_of_one_name_in_one_package_are_its_own_mistake(monkeypatch):
+    broken(monkeypatch, package(Other, type("Twin", (Other,), {})).load, "PluginError: it provides two methods of the ")
+
+
+def test_advice_names_the_distribution_where_the_entry_point_is_not_the_only_one_of_its_name(monkeypatch):
+    def load():
+        raise ImportError("quux")
+
+    installed(monkeypatch, point(load, name="my-s", distribution="ruin"), package(Toy, name="my_s"))
+    with pytest.warns(UserWarning, match=r"set SURGERY_BLOCK_PLUGINS=ruin$"):
+        surgery.methods()
+
+
 def test_method_without_a_name_is_refused(monkeypatch):
     class Nameless(surgery.Method):
         preserves: ClassVar[str] = "output"

@@ -96,7 +96,13 @@ class Environment:
         command = [self.folder / "bin" / program, *(str(argument) for argument in arguments)]
         shown = {"COLUMNS": "200", "NO_COLOR": "1"}
         result = subprocess.run(
-            command, env=kept | shown | (environ or {}), cwd=self.folder, capture_output=True, text=True, check=False
+            command,
+            env=kept | shown | (environ or {}),
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=900,
         )
         assert result.returncode == code, f"{program} {arguments}:\n{result.stdout}\n{result.stderr}"
         return result
@@ -104,7 +110,7 @@ class Environment:
 
 def pip(*arguments: object) -> None:
     command = [sys.executable, "-m", "pip", "--isolated", "--quiet", *(str(argument) for argument in arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

@@ -100,7 +100,8 @@ def run(devices: str, folder: Path) -> None:
     count = {"one": "1", "two": "2"}[devices]
     settings = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": count, "XLA_FLAGS": flags, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-P", __file__, devices, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **settings})
+    environment = {**os.environ, **settings}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=1200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n") == [*CASES, ""]
 

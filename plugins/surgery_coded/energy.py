@@ -28,8 +28,9 @@ from torch import Tensor
 
 Pair = tuple[int, int]
 
-#: Added to the mean energy under the square root. Invisible beside any energy of a live block, and its power -3/2,
-#: which the gradient contains, is still finite in float32: a block that outputs zero keeps finite gradients.
+#: Least mean energy under the square root. Far below any energy of a live block, and its power -3/2, which the gradient
+#: contains, is still finite in float32: a block that outputs zero keeps finite gradients. A bound and not a summand,
+#: which the ONNX exporter takes for zero and leaves out: 0 / 0 came out where a block outputs zero.
 EPS = 1e-20
 
 
@@ -61,15 +62,15 @@ def branch_energies(
 def normalize(energies: Tensor, total: int | None = None) -> tuple[Tensor, Tensor]:
     """Return the scale of every sample and the energies after the outputs were multiplied by it.
 
-    The scale is 1 / sqrt(sum_n E_n / total + EPS); `total` is the number of branches before any were removed (default:
-    the number given). The scaled energies sum to `total`, unless all are zero.
+    The scale is 1 / sqrt(max(sum_n E_n / total, EPS)); `total` is the number of branches before any were removed
+    (default: the number given). The scaled energies sum to `total`, unless all are zero.
 
     Shape:
         energies (B, N); returns (B,) and (B, N).
 
     Reference: Coded ResNeXt (2022), Eq. 3; the paper has no EPS.
     """
-    scale = (energies.sum(dim=1) / (total or energies.shape[1]) + EPS).rsqrt()
+    scale = (energies.sum(dim=1) / (total or energies.shape[1])).clamp_min(EPS).rsqrt()
     return scale, energies * scale.square().unsqueeze(1)
 
 
@@ -281,7 +282,7 @@ class _PointwiseJoin(torch.autograd.Function):
 
 
 def _energy_slope(grad_energies: Tensor, scale_grad: Tensor, energies: Tensor, scale: Tensor, total: int) -> Tensor:
-    # d loss / d E_n for e_n = E_n s^2 and s = (sum E / total + EPS)^(-1/2), with s from the output and from the e_n.
+    # d loss / d E_n for e_n = E_n s^2 and s = max(sum E / total, EPS)^(-1/2), with s from the output and from the e_n.
     square = scale.square()
     through_scale = scale_grad * scale * square + 2.0 * square * (grad_energies * energies).sum(dim=1)
     return grad_energies * square.unsqueeze(1) - (0.5 / total * through_scale).unsqueeze(1)

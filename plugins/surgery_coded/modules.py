@@ -1,6 +1,7 @@
 """The modules of a coded network: the coded merge convolution, the dropping of branches, and their switch.
 
-With t_n the output of branch n, s = 1 / sqrt(sum_n E(t_n) / N + EPS) and m_n the dropSubNN mask, a coded merge returns
+With t_n the output of branch n, s = 1 / sqrt(max(sum_n E(t_n) / N, EPS)) and m_n the dropSubNN mask, a coded merge
+returns
 
     sum_n m_n s t_n = conv(h * (m s)) = conv(x),
 

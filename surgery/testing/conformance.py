@@ -147,6 +147,8 @@ def _refusal(case: Case) -> str:
             ) from error
         return str(error.refusals[0])
     except InvalidOption as error:  # the options, or their defaults, do not fit the network
+        if not str(error):
+            raise ConformanceError(f"converts: {_where(case)}: refused without a reason; say what fits") from error
         return str(error)
     except Exception as error:
         raise ConformanceError(f"converts: {_where(case)}: {type(error).__name__}: {error}") from error

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import checkpoints
+import commands
 import machines
 import reports
 import training
@@ -31,6 +32,7 @@ def work(*arguments, launcher=(), **environment):
         capture_output=True,
         text=True,
         check=False,
+        timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
     return done.returncode, done.stderr
@@ -163,3 +165,17 @@ def test_xla_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_xla", None)
     with pytest.raises(ValueError, match=r"torch_xla cannot be imported \(.*\); pip install 'surgery\[xla\]'"):
         machines.start("xla")
+
+
+def test_restart_forgets_all_trainings_of_a_run_before_the_first(tmp_path):
+    kept = tmp_path / "plain" / training.STEPS
+    for name in ("plain", "coded"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / training.CHECKPOINT).write_bytes(b"old")
+    kept.write_text("old")
+    words = ["--smoke", "--run-dir", str(tmp_path)]
+    options = commands.parser(None, "coded-digits")
+    commands.prepare(options.parse_args(words))
+    assert len(list(tmp_path.glob(f"*/{training.CHECKPOINT}"))) == 2
+    commands.prepare(options.parse_args([*words, "--restart"]))
+    assert list(tmp_path.glob("*/*")) == [kept]

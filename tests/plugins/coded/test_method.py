@@ -17,7 +17,7 @@ import surgery
 import surgery_coded
 from surgery.errors import InvalidOption, NothingConverted
 from surgery.models import CifarResNet, resnext
-from surgery.testing import tiny_networks, unsettle
+from surgery.testing import ResidualSpec, check_method, tiny_networks, unsettle
 from surgery_coded import (
     BinaryReport,
     Coded,
@@ -582,3 +582,12 @@ def test_switching_and_masking_name_a_network_that_is_not_coded():
     coded = surgery.convert(plain, "coded", input_size=32)
     with pytest.raises(InvalidOption, match=r"'layer1.0' is no coded block, expected one of layer2.0, "):
         surgery_coded.switch_branches(coded, "layer1.0", None)
+
+
+def test_onnx_file_of_a_network_with_a_silent_block_is_finite():
+    """On one of the images every branch that is left of the last block outputs zero, and nothing may divide by it."""
+    spec = ResidualSpec((2, 2, 2), "bottleneck", groups=1, width=2, attention="inside", projection="pad", inplace=True)
+    build = {"silent": spec.build}
+    laws = ["exports_to_onnx"]
+    report = check_method("coded", build, criteria={"classes": [3, 7]}, laws=laws, input_size=16)
+    assert report.held == {"silent": ("exports_to_onnx",)}
