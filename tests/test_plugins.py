@@ -145,8 +145,16 @@ def test_abstract_method_is_refused_with_what_is_missing(monkeypatch):
     broken(monkeypatch, package(Half).load, "PluginError: Half does not define losses, plan")
 
 
-def test_plugin_that_skips_like_a_test_is_left_out(monkeypatch):
-    broken(monkeypatch, lambda: pytest.skip("no GPU"), "Skipped: no GPU")
+def test_plugin_that_raises_what_is_no_exception_is_left_out(monkeypatch):
+    """As `pytest.skip` does in a package that calls it."""
+
+    class Outcome(BaseException):
+        pass
+
+    def load():
+        raise Outcome("no GPU")
+
+    broken(monkeypatch, load, "Outcome: no GPU")
 
 
 def test_what_a_plugin_prints_is_no_output_of_a_command(monkeypatch, capsys):
