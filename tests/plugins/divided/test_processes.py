@@ -71,11 +71,8 @@ def refusals(model, part, folder):
     }
 
 
-def work(rank, folder):
-    """Train in one of two processes and write what happened to a file."""
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+def count_exchanges():
+    """Return a list that gets the shape of whatever is exchanged from now on."""
     sent, all_gather, broadcast = [], dist.all_gather, dist.broadcast
 
     def counted(received, own, group=None):
@@ -87,6 +84,15 @@ def work(rank, folder):
         return broadcast(values, **options)
 
     dist.all_gather, dist.broadcast = counted, counted_broadcast
+    return sent
+
+
+def work(rank, folder):
+    """Train in one of two processes and write what happened to a file."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    sent = count_exchanges()
     model = divided()
     found = {"before": copy.deepcopy(model.state_dict())}
     part, partly = distribute(model), distribute(model)
